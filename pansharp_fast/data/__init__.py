@@ -1,0 +1,1 @@
+"""Reading, simulating and describing image pairs."""

@@ -1,0 +1,1 @@
+"""Sharpening of arrays and whole scenes."""

@@ -1,0 +1,5 @@
+"""Public operators. Each file holds one: argument checks, schema, fake kernel, autograd, choice of backend."""
+
+from ._backends import BACKENDS, OPERATORS, BackendError, Operator, Support, explain, select, use_backend
+
+__all__ = ["BACKENDS", "OPERATORS", "BackendError", "Operator", "Support", "explain", "select", "use_backend"]

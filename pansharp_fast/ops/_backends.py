@@ -1,0 +1,244 @@
+"""Which implementation runs a call, and why not another one.
+
+Every operator declares its backends once (`Operator`); dispatcher, tests, `explain` and `info` read that declaration.
+A backend answers a call with a list of reasons against it; an empty list means yes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .._extension import load_error
+
+logger = logging.getLogger("pansharp_fast")
+
+#: Every backend, in the order in which "auto" tries those that serve the device.
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+#: Environment variable that names a backend for the whole process.
+VARIABLE = "PANSHARP_FAST_BACKEND"
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run the call; the message lists every reason."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """What one backend of one operator takes.
+
+    devices: torch device types. dtypes: of the tensors. check: further reasons against a call, from the operator's
+    options (keyword arguments that the operator passes to `select`).
+    """
+
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    check: Callable[..., list[str]] | None = None
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Declaration of an operator. selfcheck(backend, device) raises where a backend disagrees with the reference."""
+
+    name: str
+    support: Mapping[str, Support]
+    selfcheck: Callable[[str, torch.device], None] | None = None
+    failed: dict[tuple[str, str], str] = field(default_factory=dict, compare=False)
+    passed: set[tuple[str, str]] = field(default_factory=set, compare=False)
+
+
+#: name -> declaration, filled by the operators' own modules.
+OPERATORS: dict[str, Operator] = {}
+
+
+def register(operator: Operator) -> Operator:
+    """Add `operator` to `OPERATORS`; every backend name must be one of `BACKENDS`."""
+    unknown = set(operator.support) - set(BACKENDS)
+    if unknown:
+        raise ValueError(f"{operator.name}: backends: expected some of {BACKENDS}, got {sorted(unknown)}")
+    OPERATORS[operator.name] = operator
+    return operator
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run under the interpreter (TRITON_INTERPRET=1), so that they take CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _triton_reason(interpret: bool) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpret:
+        return None
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # Triton raises several kinds where there is no driver
+        return f"triton has no active driver ({type(error).__name__})"
+    return None
+
+
+def unavailable(backend: str) -> str | None:
+    """Why `backend` cannot run anything in this process, or None."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return load_error("_C")
+    if backend == "triton":
+        return _triton_reason(interpreting())
+    if backend == "cuda":
+        return load_error("_C_cuda") or (None if torch.cuda.is_available() else "no CUDA device is visible")
+    raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+
+
+def reasons(operator: Operator, backend: str, tensors: Sequence[torch.Tensor], **options: Any) -> list[str]:
+    """Every reason against running `operator` on `backend` with these tensors; empty means it can run."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    support = operator.support.get(backend)
+    if support is None:
+        return [f"{operator.name} has no {backend} kernel"]
+    found = []
+    missing = unavailable(backend)
+    if missing is not None:
+        found.append(missing)
+    devices = support.devices + (("cpu",) if backend == "triton" and interpreting() else ())
+    for tensor in tensors:
+        if tensor.device.type not in devices:
+            found.append(f"device: expected {' or '.join(devices)}, got {tensor.device.type}")
+            break
+    for tensor in tensors:
+        if tensor.dtype not in support.dtypes:
+            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in support.dtypes)
+            found.append(f"dtype: expected one of {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+            break
+    if support.check is not None:
+        found.extend(support.check(*tensors, **options))
+    if (backend, tensors[0].device.type) in operator.failed:
+        found.append(operator.failed[backend, tensors[0].device.type])
+    return found
+
+
+_stack: list[str] = []
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run every operator called inside the block on `backend` ("auto" lifts an outer choice or the variable)."""
+    if backend not in (*BACKENDS, "auto"):
+        raise ValueError(f"backend: expected auto or one of {BACKENDS}, got {backend!r}")
+    _stack.append(backend)
+    try:
+        yield
+    finally:
+        _stack.pop()
+
+
+def requested(backend: str | None = None) -> tuple[str, str]:
+    """(backend or "auto", who asked): argument over context manager over environment variable."""
+    if backend is not None:
+        name, source = backend, "argument backend"
+    elif _stack:
+        name, source = _stack[-1], "use_backend"
+    else:
+        name, source = os.environ.get(VARIABLE) or "auto", f"environment variable {VARIABLE}"
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"{source}: expected auto or one of {BACKENDS}, got {name!r}")
+    return name, source
+
+
+def candidates(device: str) -> tuple[str, ...]:
+    """Backends that "auto" tries for tensors on `device`, best first. The interpreter is never chosen by itself."""
+    return ("cpu", "reference") if device == "cpu" else ("cuda", "triton", "reference")
+
+
+_logged: set[tuple[str, str, str]] = set()
+
+
+def select(operator: Operator, tensors: Sequence[torch.Tensor], backend: str | None = None, **options: Any) -> str:
+    """Name of the backend that runs this call.
+
+    Raises:
+        BackendError: a backend was named (argument, context manager or variable) and cannot run the call.
+        ValueError: the name is none of `BACKENDS`.
+    """
+    name, source = requested(backend)
+    if name != "auto":
+        against = reasons(operator, name, tensors, **options)
+        if against:
+            raise BackendError(f"{operator.name}: {source} asked for {name!r}, which cannot run: {'; '.join(against)}")
+        _selfcheck(operator, name, tensors[0].device)
+        return name
+    skipped: list[str] = []
+    for candidate in candidates(tensors[0].device.type):
+        against = reasons(operator, candidate, tensors, **options)
+        if not against and _selfcheck(operator, candidate, tensors[0].device):
+            if not torch.compiler.is_compiling():
+                _log_once(operator.name, candidate, tensors[0].device.type, skipped)
+            return candidate
+        skipped.append(f"{candidate} ({'; '.join(against) or 'self-check failed'})")
+    raise BackendError(f"{operator.name}: no backend can run this call: {', '.join(skipped)}")
+
+
+def _log_once(operator: str, backend: str, device: str, skipped: list[str]) -> None:
+    key = (operator, backend, device)
+    if key not in _logged:
+        _logged.add(key)
+        logger.info("%s on %s runs on %s%s", operator, device, backend, f"; not {', '.join(skipped)}" * bool(skipped))
+
+
+def _selfcheck(operator: Operator, backend: str, device: torch.device) -> bool:
+    """Compare a GPU backend with the reference on a tiny input, once a process; True where it may be used."""
+    if operator.selfcheck is None or backend not in ("cuda", "triton") or device.type == "cpu":
+        return True
+    key = (backend, device.type)
+    if key in operator.passed:
+        return True
+    if key in operator.failed:
+        return False
+    if torch.compiler.is_compiling():
+        return True  # eager's first call decides; a graph cannot hold the comparison
+    operator.passed.add(key)  # the check itself calls the operator
+    try:
+        operator.selfcheck(backend, device)
+    except Exception as error:  # whatever went wrong, the answer is the same: do not trust the kernel
+        operator.passed.discard(key)
+        operator.failed[key] = f"self-check on {device} failed: {error}"
+        warnings.warn(f"{operator.name}: backend {backend} is not used: {operator.failed[key]}", stacklevel=3)
+        return False
+    return True
+
+
+def explain(operator: str, *tensors: torch.Tensor, **options: Any) -> str:
+    """Text: for each backend of `operator`, whether it can run a call with these tensors, and why not.
+
+    Raises:
+        KeyError: no operator of that name.
+    """
+    if operator not in OPERATORS:
+        raise KeyError(f"operator: expected one of {sorted(OPERATORS)}, got {operator!r}")
+    declaration = OPERATORS[operator]
+    lines = []
+    for backend in BACKENDS:
+        if tensors:
+            against = reasons(declaration, backend, tensors, **options)
+        elif backend not in declaration.support:
+            against = [f"{operator} has no {backend} kernel"]
+        else:
+            missing = unavailable(backend)
+            against = [missing] if missing else []
+        lines.append(f"{operator} {backend}: {'available' if not against else 'not available: ' + '; '.join(against)}")
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""Registers an operator half: schema, fake kernel, autograd and Triton twin, once for all devices.
+
+Schemas stand in Python because a Triton-only or reference-only installation needs them too; the compiled libraries add
+their implementations under the same names. `<name>` runs compiled code (CPU or CUDA by the tensors' device),
+`<name>_triton` the Triton kernel with the same schema; both share the fake kernel and the gradient.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "pansharp_fast"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    triton_module: str | None = None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Define `pansharp_fast::name` and, with `triton_module`, `pansharp_fast::name_triton`.
+
+    Args:
+        name: `<op>_fwd` or `<op>_bwd`.
+        schema: arguments and results in torch's schema language, `"(Tensor x, int n) -> Tensor"`.
+        fake: shape function; strides must equal those of every implementation.
+        triton_module: module below `pansharp_fast.kernels` holding a function called `name`; imported on first use.
+        setup_context, backward: as in `torch.library.register_autograd`.
+    """
+    names = [name] if triton_module is None else [name, f"{name}_triton"]
+    for each in names:
+        _library.define(each + schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+        torch.library.register_fake(f"{NAMESPACE}::{each}", fake, lib=_library)
+        if backward is not None:
+            torch.library.register_autograd(f"{NAMESPACE}::{each}", backward, setup_context=setup_context, lib=_library)
+    if triton_module is not None:
+
+        def call_triton(*args: Any) -> Any:
+            module = importlib.import_module(f"pansharp_fast.kernels.{triton_module}")
+            return getattr(module, name)(*args)
+
+        for key in ("CPU", "CUDA", "XPU"):
+            _library.impl(f"{name}_triton", call_triton, key)
+
+
+def call(name: str, backend: str, *args: Any) -> Any:
+    """Run operator half `name` on a backend chosen by `pansharp_fast.ops.select` (not "reference")."""
+    return getattr(torch.ops.pansharp_fast, f"{name}_triton" if backend == "triton" else name)(*args)
