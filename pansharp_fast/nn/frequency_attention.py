@@ -1,0 +1,76 @@
+"""The teacher's frequency attention block (U-Know-DiffPAN; `FreqCA` of the public release)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.frequency_attention import frequency_attention
+
+
+def depthwise_then_pointwise(inputs: int, outputs: int) -> nn.Sequential:
+    """Depth-wise 3x3 convolution without bias, then 1x1 with bias."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False), nn.Conv2d(inputs, outputs, 1)
+    )
+
+
+class ChannelAttentionTail(nn.Module):
+    """What follows every channel attention of the teacher: projection, residual, feed-forward with stochastic depth.
+
+    Subclasses call `finish(attended, residual)`.
+    """
+
+    def __init__(self, fea_dim: int, qkv_dim: int, dim_out: int, drop_path_prob: float) -> None:
+        super().__init__()
+        self.attn_out = nn.Conv2d(qkv_dim, dim_out, 1)
+        self.attn_res = nn.Conv2d(fea_dim, dim_out, 1) if fea_dim != dim_out else nn.Identity()
+        self.ffn = nn.Sequential(
+            nn.Conv2d(dim_out, 2 * dim_out, 3, padding=1, bias=False),
+            nn.SiLU(),
+            nn.Conv2d(2 * dim_out, dim_out, 3, padding=1, bias=False),
+            nn.Conv2d(dim_out, dim_out, 1),
+        )
+        self.drop_path_prob = drop_path_prob
+
+    def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
+        out = self.attn_out(attended) + self.attn_res(residual)
+        branch = self.ffn(out)
+        if self.training and self.drop_path_prob > 0:
+            # Stochastic depth: a whole sample's branch is dropped, the others are scaled up.
+            branch = branch * torch.dropout(branch.new_ones(branch.shape[0], 1, 1, 1), self.drop_path_prob, True)
+        return out + branch
+
+
+class FrequencyAttention(ChannelAttentionTail):
+    """Channel attention on the amplitudes and phases of the features' spectrum, then a feed-forward branch.
+
+    Constructor arguments and tensor names are those of the released block.
+
+    Args:
+        fea_dim: channels of the input.
+        qkv_dim: channels of each of q, k and v; a multiple of `nheads`.
+        dim_out: channels of the output.
+        groups: groups of the group norm in front.
+        nheads: heads.
+        drop_path_prob: probability of dropping a sample's feed-forward branch in training.
+
+    Raises:
+        ValueError: `qkv_dim` is no multiple of `nheads`, or `fea_dim` none of `groups`.
+    """
+
+    def __init__(
+        self, fea_dim: int, qkv_dim: int, dim_out: int, groups: int = 1, nheads: int = 8, drop_path_prob: float = 0.2
+    ) -> None:
+        super().__init__(fea_dim, qkv_dim, dim_out, drop_path_prob)
+        if qkv_dim % nheads:
+            raise ValueError(f"qkv_dim: expected a multiple of nheads = {nheads}, got {qkv_dim}")
+        self.nheads = nheads
+        self.prenorm_x = nn.GroupNorm(groups, fea_dim)
+        self.qkv = depthwise_then_pointwise(fea_dim, 3 * qkv_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, fea_dim, H, W] -> [B, dim_out, H, W], any H and W."""
+        x = self.prenorm_x(x)
+        q, k, v = self.qkv(x).chunk(3, dim=1)
+        return self.finish(frequency_attention(q, k, v, num_heads=self.nheads), x)
