@@ -1,0 +1,59 @@
+"""Builds CUDA sources for the CPU shim and loads them: `torch.ops.pansharp_fast_simt.<op>` then takes CPU tensors."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "simt"
+TORCH = Path(torch.__file__).resolve().parent
+
+_library = torch.library.Library("pansharp_fast_simt", "DEF")
+_defined: set[str] = set()
+
+
+def define(name: str, schema: str) -> None:
+    """Define shim operator `name` once with the schema of the operator it stands for."""
+    if name not in _defined:
+        _library.define(name + schema)
+        _defined.add(name)
+
+
+@functools.cache
+def load(source: str, edit: tuple[str, str, int] | None = None) -> None:
+    """Compile `source` (path below the project root) with g++ against the shim and load its operators.
+
+    edit: (old, new, which), replaces the `which`-th occurrence of `old` first: a planted fault.
+    The library is kept by a hash of everything that it is made of, so that a second run compiles nothing.
+    """
+    text = (ROOT / source).read_text()
+    if edit is not None:
+        old, new, which = edit
+        parts = text.split(old)
+        if len(parts) <= which + 1:
+            raise ValueError(f"edit: expected over {which} occurrences of {old!r} in {source}, got {len(parts) - 1}")
+        text = old.join(parts[: which + 1]) + new + old.join(parts[which + 1 :])
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-DPSF_SIMT", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    digest = hashlib.sha256(" ".join([text, torch.__version__, *flags]).encode())
+    for header in sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), HERE / "simt.h"]):
+        digest.update(header.read_bytes())
+    BUILD.mkdir(parents=True, exist_ok=True)
+    library = BUILD / f"{Path(source).stem}_{digest.hexdigest()[:16]}.so"
+    if not library.is_file():
+        unit = library.with_suffix(".cpp")
+        unit.write_text(text)
+        temporary = library.with_suffix(f".{os.getpid()}.tmp")
+        command = [
+            os.environ.get("CXX", "g++"), *flags, f"-I{ROOT / 'csrc'}", f"-I{HERE}", f"-isystem{TORCH / 'include'}",
+            str(unit), "-o", str(temporary), f"-L{TORCH / 'lib'}", "-ltorch_cpu",
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+        temporary.rename(library)
+    torch.ops.load_library(str(library))

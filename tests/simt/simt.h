@@ -1,0 +1,295 @@
+// Runs CUDA kernels on the CPU, compiled by g++: every thread of a block is a fiber, blocks run one after another.
+//
+// What it checks: values, index arithmetic, missing barriers (fibers run until they block, in an order that
+// SIMT_ORDER=forward|reverse|shuffle chooses, and shared memory starts as NaN), divergent barriers (reported as a
+// deadlock), writes beyond a shared array (red zones). What it cannot check: memory ordering within a warp, speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+using cudaStream_t = void*;
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+constexpr int warpSize = 32;
+
+namespace simt {
+
+constexpr size_t kStack = 256 * 1024;
+constexpr size_t kRedZone = 64;
+constexpr unsigned char kPoison = 0xff;  // an all-ones float, double, half or bfloat16 is NaN
+
+enum class State { ready, block, warp, done };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  State state = State::ready;
+  dim3 thread;
+  unsigned linear = 0;
+  unsigned mask = 0;         // lanes this fiber waits for
+  size_t shared_cursor = 0;  // how far into the block's shared memory its declarations have come
+  alignas(16) unsigned char slot[64] = {};
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  ucontext_t scheduler;
+  Fiber* current = nullptr;
+  std::function<void()> body;
+  std::vector<unsigned char> shared;
+  std::vector<std::pair<size_t, size_t>> arrays;  // offset and size of each shared array of this block
+  std::string error;
+};
+
+inline Machine& machine() {
+  static Machine m;
+  return m;
+}
+
+inline void yield(State state) {
+  Machine& m = machine();
+  Fiber* self = m.current;
+  self->state = state;
+  swapcontext(&self->context, &m.scheduler);
+}
+
+inline void entry() {
+  Machine& m = machine();
+  try {
+    m.body();
+  } catch (const std::exception& error) {
+    m.error = error.what();
+  }
+  m.current->state = State::done;
+  swapcontext(&m.current->context, &m.scheduler);
+}
+
+// Where lanes in `mask` have all arrived (lanes that returned count as arrived), let them go on.
+inline bool release_warps(Machine& m) {
+  bool any = false;
+  for (Fiber& fiber : m.fibers) {
+    if (fiber.state != State::warp) continue;
+    const unsigned first = fiber.linear / 32 * 32;
+    bool complete = true;
+    for (unsigned lane = 0; lane < 32 && first + lane < m.fibers.size(); ++lane) {
+      const Fiber& other = m.fibers[first + lane];
+      if ((fiber.mask >> lane & 1u) == 0 || other.state == State::done) continue;
+      complete &= other.state == State::warp && other.mask == fiber.mask;
+    }
+    if (!complete) continue;
+    const unsigned mask = fiber.mask;
+    for (unsigned lane = 0; lane < 32 && first + lane < m.fibers.size(); ++lane) {
+      Fiber& other = m.fibers[first + lane];
+      if ((mask >> lane & 1u) != 0 && other.state == State::warp) other.state = State::ready;
+    }
+    any = true;
+  }
+  return any;
+}
+
+inline void run_block(Machine& m, const std::vector<unsigned>& order) {
+  while (true) {
+    bool progressed = false;
+    for (const unsigned index : order) {
+      Fiber& fiber = m.fibers[index];
+      if (fiber.state != State::ready) continue;
+      m.current = &fiber;
+      threadIdx = fiber.thread;
+      swapcontext(&m.scheduler, &fiber.context);
+      if (!m.error.empty()) throw std::runtime_error(m.error);
+      progressed = true;
+    }
+    if (progressed) continue;
+    const auto is = [](State state) { return [state](const Fiber& f) { return f.state == state; }; };
+    if (std::all_of(m.fibers.begin(), m.fibers.end(), is(State::done))) return;
+    if (release_warps(m)) continue;
+    if (std::none_of(m.fibers.begin(), m.fibers.end(), is(State::warp))) {
+      if (std::any_of(m.fibers.begin(), m.fibers.end(), is(State::done)))
+        throw std::runtime_error("simt: a barrier is not reached by threads that have returned");
+      for (Fiber& fiber : m.fibers) fiber.state = State::ready;
+      continue;
+    }
+    throw std::runtime_error("simt: deadlock, threads of one block wait at different barriers");
+  }
+}
+
+template <class Body>
+void launch(dim3 grid, dim3 block, size_t dynamic_shared, Body body) {
+  Machine& m = machine();
+  const unsigned threads = block.x * block.y * block.z;
+  if (threads == 0 || threads > 1024) throw std::runtime_error("simt: a block has 1 to 1024 threads");
+  gridDim = grid;
+  blockDim = block;
+  m.body = body;
+  m.error.clear();
+  m.fibers.clear();
+  m.fibers.resize(threads);
+  for (Fiber& fiber : m.fibers) fiber.stack.reset(new char[kStack]);
+  m.shared.resize(256 * 1024);
+
+  std::vector<unsigned> order(threads);
+  for (unsigned i = 0; i < threads; ++i) order[i] = i;
+  const char* asked = std::getenv("SIMT_ORDER");
+  const std::string how = asked == nullptr ? "forward" : asked;
+  if (how == "reverse") std::reverse(order.begin(), order.end());
+  if (how == "shuffle") std::shuffle(order.begin(), order.end(), std::mt19937(1));
+
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = dim3(x, y, z);
+        std::memset(m.shared.data(), kPoison, m.shared.size());
+        m.arrays.clear();
+        if (dynamic_shared > 0) m.arrays.push_back({0, dynamic_shared});
+        for (unsigned i = 0; i < threads; ++i) {
+          Fiber& fiber = m.fibers[i];
+          fiber.state = State::ready;
+          fiber.linear = i;
+          fiber.thread = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
+          fiber.shared_cursor = dynamic_shared + kRedZone;
+          getcontext(&fiber.context);
+          fiber.context.uc_stack.ss_sp = fiber.stack.get();
+          fiber.context.uc_stack.ss_size = kStack;
+          fiber.context.uc_link = nullptr;
+          makecontext(&fiber.context, entry, 0);
+        }
+        run_block(m, order);
+        for (const auto& [offset, size] : m.arrays)
+          for (size_t i = 0; i < kRedZone; ++i)
+            if (m.shared[offset + size + i] != kPoison)
+              throw std::runtime_error("simt: write beyond a shared array of " + std::to_string(size) + " bytes");
+      }
+}
+
+// A __shared__ array: all threads of a block pass the same declarations in the same order.
+template <class T>
+T* shared_array(size_t count) {
+  Machine& m = machine();
+  const size_t offset = (m.current->shared_cursor + 15) / 16 * 16;
+  const size_t size = count * sizeof(T);
+  m.current->shared_cursor = offset + size + kRedZone;
+  if (m.current->shared_cursor > m.shared.size()) throw std::runtime_error("simt: out of shared memory");
+  if (std::find(m.arrays.begin(), m.arrays.end(), std::pair<size_t, size_t>(offset, size)) == m.arrays.end())
+    m.arrays.push_back({offset, size});
+  return reinterpret_cast<T*>(m.shared.data() + offset);
+}
+
+template <class T>
+T* dynamic_shared() {
+  return reinterpret_cast<T*>(machine().shared.data());
+}
+
+inline unsigned lane() { return machine().current->linear % 32; }
+
+inline void warp_wait(unsigned mask) {
+  machine().current->mask = mask;
+  yield(State::warp);
+}
+
+// Every lane of `mask` gives `mine`; `use(other)` may then read any lane's value.
+template <class T, class Use>
+auto exchange(unsigned mask, const T& mine, Use use) {
+  static_assert(sizeof(T) <= sizeof(Fiber::slot));
+  Machine& m = machine();
+  Fiber* self = m.current;
+  std::memcpy(self->slot, &mine, sizeof(T));
+  warp_wait(mask);
+  const unsigned first = self->linear / 32 * 32;
+  auto result = use([&](unsigned other) {
+    T value;
+    const size_t index = first + other < m.fibers.size() ? first + other : self->linear;
+    std::memcpy(&value, m.fibers[index].slot, sizeof(T));
+    return value;
+  });
+  warp_wait(mask);
+  return result;
+}
+
+}  // namespace simt
+
+inline void __syncthreads() { simt::yield(simt::State::block); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { simt::warp_wait(mask); }
+inline void __threadfence() {}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  const unsigned base = simt::lane() / width * width;
+  return simt::exchange(mask, value, [&](auto of) { return of(base + source % width); });
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+  const unsigned me = simt::lane(), other = me ^ static_cast<unsigned>(bits);
+  return simt::exchange(mask, value, [&](auto of) { return of(other / width == me / width ? other : me); });
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const unsigned me = simt::lane();
+  return simt::exchange(mask, value,
+                        [&](auto of) { return of(me % width + delta < unsigned(width) ? me + delta : me); });
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const unsigned me = simt::lane();
+  return simt::exchange(mask, value, [&](auto of) { return of(me % width >= delta ? me - delta : me); });
+}
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address = old + value;
+  return old;
+}
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline void sincosf(float x, float* s, float* c) {
+  *s = std::sin(x);
+  *c = std::cos(x);
+}
+using std::max;
+using std::min;
