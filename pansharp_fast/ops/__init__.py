@@ -1,6 +1,7 @@
 """Public operators. Each file holds one: argument checks, schema, fake kernel, autograd, choice of backend."""
 
 from ._backends import BACKENDS, OPERATORS, BackendError, Operator, Support, explain, select, use_backend
+from .cm3a import cm3a
 from .frequency_attention import frequency_attention
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "BackendError",
     "Operator",
     "Support",
+    "cm3a",
     "explain",
     "frequency_attention",
     "select",

@@ -33,14 +33,16 @@ def define(
         schema: arguments and results in torch's schema language, `"(Tensor x, int n) -> Tensor"`.
         fake: shape function; strides must equal those of every implementation.
         triton_module: module below `pansharp_fast.kernels` holding a function called `name`; imported on first use.
-        setup_context, backward: as in `torch.library.register_autograd`.
+        setup_context, backward: as in `torch.library.register_autograd`; backward finds `ctx.backend`, to be handed to
+            `call`, so that the gradient runs where the forward ran.
     """
     names = [name] if triton_module is None else [name, f"{name}_triton"]
     for each in names:
         _library.define(each + schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
         torch.library.register_fake(f"{NAMESPACE}::{each}", fake, lib=_library)
         if backward is not None:
-            torch.library.register_autograd(f"{NAMESPACE}::{each}", backward, setup_context=setup_context, lib=_library)
+            setup = _setup_with_backend(setup_context, "compiled" if each == name else "triton")
+            torch.library.register_autograd(f"{NAMESPACE}::{each}", backward, setup_context=setup, lib=_library)
     if triton_module is not None:
 
         def call_triton(*args: Any) -> Any:
@@ -51,6 +53,15 @@ def define(
             _library.impl(f"{name}_triton", call_triton, key)
 
 
+def _setup_with_backend(setup_context: Callable[..., None] | None, backend: str) -> Callable[..., None]:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = backend
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    return setup
+
+
 def call(name: str, backend: str, *args: Any) -> Any:
-    """Run operator half `name` on a backend chosen by `pansharp_fast.ops.select` (not "reference")."""
+    """Run operator half `name` on `ctx.backend` or a backend chosen by `select` (not "reference")."""
     return getattr(torch.ops.pansharp_fast, f"{name}_triton" if backend == "triton" else name)(*args)

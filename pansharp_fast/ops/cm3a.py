@@ -1,0 +1,197 @@
+"""Cross-modality-consistent local attention: PAN and MS neighbourhoods attended by one query."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import _library
+from ._backends import FLOATING, Operator, Support, register, select
+
+WINDOWS = (3, 5)
+
+
+def cm3a(
+    q: Tensor,
+    k_pan: Tensor,
+    v_pan: Tensor,
+    k_ms: Tensor,
+    v_ms: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    num_heads: int,
+    window: int = 3,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Local attention of one query over its window in two modalities (PAN-Crafter, ICCV 2025, equations 9-12).
+
+    Per pixel x, head and modality, with J = window**2 candidates j and offsets p of the window:
+
+        nb(k)[d,j](x) = sum_p weight[d,j,p] * k[d](x+p) + bias[d,j]
+        out(x) = sum_j softmax_j(scale * sum_d q[d](x) * nb(k)[d,j](x)) * nb(v)[d,j](x)
+
+    Outside the image k and v are zero and take part in the softmax. The J-fold expansion never exists in memory.
+
+    Args:
+        q, k_pan, v_pan, k_ms, v_ms: [B, C, H, W] of one shape, dtype and device, any strides; C = num_heads * D, head h
+            holds channels h*D to (h+1)*D-1. float32, float64, bfloat16 or float16 (the last two accumulate in float32).
+        weight: [D, J, window, window], shared by heads, keys, values and modalities, any floating dtype. None:
+            candidate j is the pixel at offset (j // window - window // 2, j % window - window // 2).
+        bias: [D, J], only together with weight.
+        num_heads: number of heads.
+        window: 3 or 5.
+        scale: factor of the logits, D ** -0.5 if None.
+        backend: name of a backend, "auto" or None (see `pansharp_fast.ops.select`); its backward runs there too.
+
+    Returns:
+        out_pan, out_ms: [B, C, H, W] of q's dtype, channels_last where q is, contiguous otherwise.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit.
+        BackendError: the backend asked for cannot run the call.
+    """
+    tensors = (q, k_pan, v_pan, k_ms, v_ms)
+    scale = _check(tensors, weight, bias, num_heads, window, scale)
+    chosen = select(OPERATOR, tensors, backend)
+    if chosen == "reference":
+        return reference.cm3a(*tensors, weight, bias, num_heads=num_heads, window=window, scale=scale)
+    if weight is not None:
+        # Kernels read the small factor in the type they accumulate in.
+        accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+        weight = weight.to(accumulate).contiguous()
+        bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias.to(accumulate).contiguous()
+    channels_last = q.is_contiguous(memory_format=torch.channels_last) and not q.is_contiguous()
+    return _library.call("cm3a_fwd", chosen, *tensors, weight, bias, num_heads, window, scale, channels_last)
+
+
+def _check(
+    tensors: tuple[Tensor, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_heads: int,
+    window: int,
+    scale: float | None,
+) -> float:
+    """Raise ValueError for arguments that do not fit; return the scale."""
+    q = tensors[0]
+    if q.dim() != 4:
+        raise ValueError(f"q: expected 4 dimensions [B, C, H, W], got {q.dim()}")
+    for name, tensor in zip(("k_pan", "v_pan", "k_ms", "v_ms"), tensors[1:], strict=True):
+        if tensor.shape != q.shape:
+            raise ValueError(f"{name}: expected the shape of q {tuple(q.shape)}, got {tuple(tensor.shape)}")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name}: expected the dtype of q {q.dtype}, got {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: expected the device of q {q.device}, got {tensor.device}")
+    if q.dtype not in FLOATING:
+        raise ValueError(f"q: expected a floating dtype, got {q.dtype}")
+    channels, height, width = q.shape[1:]
+    if height < 1 or width < 1:
+        raise ValueError(f"q: expected at least one pixel, got {height} x {width}")
+    if num_heads < 1 or channels < 1 or channels % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of the {channels} channels, got {num_heads}")
+    if window not in WINDOWS:
+        raise ValueError(f"window: expected one of {WINDOWS}, got {window}")
+    dim, count = channels // num_heads, window**2
+    if weight is None and bias is not None:
+        raise ValueError("bias: expected None where weight is None, got a tensor")
+    for name, factor, shape in (("weight", weight, (dim, count, window, window)), ("bias", bias, (dim, count))):
+        if factor is None:
+            continue
+        if tuple(factor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(factor.shape)}")
+        if not factor.is_floating_point():
+            raise ValueError(f"{name}: expected a floating dtype, got {factor.dtype}")
+        if factor.device != q.device:
+            raise ValueError(f"{name}: expected the device of q {q.device}, got {factor.device}")
+    return float(dim**-0.5 if scale is None else scale)
+
+
+def _like_q(q: Tensor, channels_last: bool) -> Tensor:
+    """An output: q's shape and dtype, in one of the two dense layouts."""
+    return torch.empty_like(q, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _forward_fake(
+    q: Tensor,
+    k_pan: Tensor,
+    v_pan: Tensor,
+    k_ms: Tensor,
+    v_ms: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_heads: int,
+    window: int,
+    scale: float,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    return _like_q(q, channels_last), _like_q(q, channels_last)
+
+
+def _backward_fake(
+    grad_pan: Tensor,
+    grad_ms: Tensor,
+    q: Tensor,
+    k_pan: Tensor,
+    v_pan: Tensor,
+    k_ms: Tensor,
+    v_ms: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_heads: int,
+    window: int,
+    scale: float,
+    channels_last: bool,
+) -> tuple[Tensor, ...]:
+    gradients = tuple(_like_q(q, channels_last) for _ in range(5))
+    if weight is None:
+        return (*gradients, q.new_empty(0), q.new_empty(0))
+    count = window * window
+    return (*gradients, weight.new_empty(weight.shape), weight.new_empty((weight.shape[0], count)))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:]
+
+
+def _backward(ctx: Any, grad_pan: Tensor, grad_ms: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    gradients = _library.call("cm3a_bwd", ctx.backend, grad_pan, grad_ms, *tensors, *ctx.options)
+    if tensors[5] is None:
+        gradients = (*gradients[:5], None, None)
+    return (*gradients, None, None, None, None)
+
+
+_TENSORS = "Tensor q, Tensor k_pan, Tensor v_pan, Tensor k_ms, Tensor v_ms, Tensor? weight, Tensor? bias"
+_OPTIONS = "int num_heads, int window, float scale, bool channels_last"
+_library.define(
+    "cm3a_fwd",
+    f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    fake=_forward_fake,
+    triton_module="cm3a",
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_library.define(
+    "cm3a_bwd",
+    f"(Tensor grad_pan, Tensor grad_ms, {_TENSORS}, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    triton_module="cm3a",
+)
+
+
+OPERATOR = register(
+    Operator(
+        name="cm3a",
+        support={
+            "reference": Support(devices=("cpu", "cuda", "xpu", "mps", "meta"), dtypes=FLOATING),
+        },
+    )
+)
