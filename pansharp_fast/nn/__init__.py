@@ -1,6 +1,7 @@
 """Modules made of the operators."""
 
 from .frequency_attention import FrequencyAttention
+from .wavelet import DWT2d, IDWT2d, ISWT2d, SWT2d
 from .wavelet_attention import WaveletAttention
 
-__all__ = ["FrequencyAttention", "WaveletAttention"]
+__all__ = ["DWT2d", "FrequencyAttention", "IDWT2d", "ISWT2d", "SWT2d", "WaveletAttention"]

@@ -3,6 +3,7 @@
 from ._backends import BACKENDS, OPERATORS, BackendError, Operator, Support, explain, select, use_backend
 from .cm3a import cm3a
 from .frequency_attention import frequency_attention
+from .wavelet import dwt2, idwt2, iswt2, swt2, wavedec2, waverec2
 
 __all__ = [
     "BACKENDS",
@@ -11,8 +12,14 @@ __all__ = [
     "Operator",
     "Support",
     "cm3a",
+    "dwt2",
     "explain",
     "frequency_attention",
+    "idwt2",
+    "iswt2",
     "select",
+    "swt2",
     "use_backend",
+    "wavedec2",
+    "waverec2",
 ]

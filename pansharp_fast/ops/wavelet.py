@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,21 +39,35 @@ def _bwd_fake(a, h, v, d, taps_y, taps_x, mode_y, mode_x, dilation, height, widt
     return a.new_empty(a.shape[0], height, width)
 
 
+class Level(NamedTuple):
+    """What the two operator halves share: taps (low, then high pass) and border mode of both axes, tap spacing."""
+
+    taps_y: list[float]
+    taps_x: list[float]
+    mode_y: int
+    mode_x: int
+    dilation: int = 1
+
+    @property
+    def modes(self) -> tuple[str, str]:
+        return MODES[self.mode_y], MODES[self.mode_x]
+
+
 def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.arguments = inputs[1:]
+    ctx.level = Level(*inputs[1:])
     ctx.size = inputs[0].shape[1:]
 
 
 def _fwd_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    return _synthesis(grad.unbind(1), *ctx.arguments, *ctx.size), *[None] * 5
+    return _synthesis(grad.unbind(1), ctx.level, ctx.size), *[None] * 5
 
 
 def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.arguments = inputs[4:9]
+    ctx.level = Level(*inputs[4:9])
 
 
 def _bwd_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    return *_analysis(grad, *ctx.arguments).unbind(1), *[None] * 7
+    return *_analysis(grad, ctx.level).unbind(1), *[None] * 7
 
 
 _FILTERS = "float[] taps_y, float[] taps_x, int mode_y, int mode_x, int dilation"
@@ -78,14 +92,11 @@ def _selfcheck(backend: str, device: torch.device) -> None:
     x = torch.sin(torch.arange(2 * 12 * 14, device=device, dtype=torch.float32)).view(2, 12, 14)
     for wavelet, mode, dilation in (("haar", "symmetric", 1), ("db3", "reflect", 1), ("haar", "stationary", 2)):
         taps = _filters(wavelet, "dec")
-        arguments = (taps, taps, MODES.index(mode), MODES.index(mode), dilation)
-        expected = _analysis(x, *arguments, backend="reference")
-        bands = expected.unbind(1)
-        torch.testing.assert_close(_analysis(x, *arguments, backend=backend), expected)
-        torch.testing.assert_close(
-            _synthesis(bands, *arguments, 12, 14, backend=backend),
-            _synthesis(bands, *arguments, 12, 14, backend="reference"),
-        )
+        level = Level(taps, taps, MODES.index(mode), MODES.index(mode), dilation)
+        y = _analysis(x, level, "reference")
+        torch.testing.assert_close(_analysis(x, level, backend), y)
+        back = _synthesis(y.unbind(1), level, x.shape[1:], "reference")
+        torch.testing.assert_close(_synthesis(y.unbind(1), level, x.shape[1:], backend), back)
 
 
 OPERATOR = register(
@@ -97,42 +108,22 @@ OPERATOR = register(
 )
 
 
-def _analysis(
-    x: torch.Tensor,
-    taps_y: Sequence[float],
-    taps_x: Sequence[float],
-    mode_y: int,
-    mode_x: int,
-    dilation: int,
-    backend: str | None = None,
-) -> torch.Tensor:
+def _analysis(x: torch.Tensor, level: Level, backend: str | None = None) -> torch.Tensor:
     """[N, H, W] -> [N, 4, H', W'] on the chosen backend."""
-    chosen = select(OPERATOR, [x], backend, mode=(MODES[mode_y], MODES[mode_x]))
+    chosen = select(OPERATOR, [x], backend, mode=level.modes)
     if chosen == "reference":
-        return reference.analysis(x, taps_y, taps_x, MODES[mode_y], MODES[mode_x], dilation)
-    return _library.call("wavelet_fwd", chosen, x, taps_y, taps_x, mode_y, mode_x, dilation)
+        return reference.analysis(x, level.taps_y, level.taps_x, *level.modes, level.dilation)
+    return _library.call("wavelet_fwd", chosen, x, *level)
 
 
 def _synthesis(
-    bands: Sequence[torch.Tensor],
-    taps_y: Sequence[float],
-    taps_x: Sequence[float],
-    mode_y: int,
-    mode_x: int,
-    dilation: int,
-    height: int,
-    width: int,
-    backend: str | None = None,
+    bands: Sequence[torch.Tensor], level: Level, size: Sequence[int], backend: str | None = None
 ) -> torch.Tensor:
-    """Four bands [N, H', W'] -> [N, height, width], the transpose of `_analysis`."""
-    chosen = select(OPERATOR, bands, backend, mode=(MODES[mode_y], MODES[mode_x]))
+    """Four bands [N, H', W'] -> [N, *size], the transpose of `_analysis`."""
+    chosen = select(OPERATOR, bands, backend, mode=level.modes)
     if chosen == "reference":
-        return reference.synthesis(
-            bands, taps_y, taps_x, MODES[mode_y], MODES[mode_x], dilation, height, width
-        )
-    return _library.call(
-        "wavelet_bwd", chosen, *bands, taps_y, taps_x, mode_y, mode_x, dilation, height, width
-    )
+        return reference.synthesis(bands, level.taps_y, level.taps_x, *level.modes, level.dilation, *size)
+    return _library.call("wavelet_bwd", chosen, *bands, *level, *size)
 
 
 # ---- Arguments -------------------------------------------------------------------------------------------------------
@@ -250,12 +241,12 @@ def _bands(coeffs: Any) -> tuple[list[torch.Tensor], torch.Size]:
     return [_planes(zero if band is None else band) for band in found], given[0].shape  # type: ignore[arg-type]
 
 
-def _check_size(x: torch.Tensor, modes: tuple[int, int]) -> None:
+def _check_size(x: torch.Tensor, modes: tuple[str, str]) -> None:
     for axis, mode in zip((-2, -1), modes, strict=True):
-        least = 2 if MODES[mode] in ("reflect", "antireflect") else 1
+        least = 2 if mode in ("reflect", "antireflect") else 1
         if x.shape[axis] < least:
             raise ValueError(
-                f"data: expected at least {least} samples along a transformed axis for mode {MODES[mode]}, "
+                f"data: expected at least {least} samples along a transformed axis for mode {mode}, "
                 f"got shape {tuple(x.shape)}"
             )
 
@@ -263,10 +254,10 @@ def _check_size(x: torch.Tensor, modes: tuple[int, int]) -> None:
 # ---- Discrete wavelet transform --------------------------------------------------------------------------------------
 
 
-def _dwt(x: torch.Tensor, taps: tuple[list[float], list[float]], modes: tuple[int, int], backend: str | None) -> Any:
+def _dwt(x: torch.Tensor, level: Level, backend: str | None) -> torch.Tensor:
     """[..., H, W] -> [..., 4, H', W']."""
-    _check_size(x, modes)
-    y = _analysis(_planes(x), *taps, *modes, 1, backend)
+    _check_size(x, level.modes)
+    y = _analysis(_planes(x), level, backend)
     return y.view(*x.shape[:-2], *y.shape[1:])
 
 
@@ -299,26 +290,26 @@ def dwt2(
     """
     _check_tensor("data", data)
     at = _both_axes(axes, data.ndim, stack)
-    y = _dwt(_to_last(data, at), _both_filters(wavelet, "dec"), _both_modes(mode), backend)
+    y = _dwt(_to_last(data, at), Level(*_both_filters(wavelet, "dec"), *_both_modes(mode)), backend)
     if stack:
         return y
     a, h, v, d = (_from_last(band, at) for band in y.unbind(-3))
     return a, (h, v, d)
 
 
-def _idwt(coeffs: Any, taps: tuple[list[float], list[float]], modes: tuple[int, int], backend: str | None) -> Any:
+def _idwt(coeffs: Any, level: Level, backend: str | None) -> torch.Tensor:
     """(cA, (cH, cV, cD)) or [..., 4, H', W'] -> [..., H, W]."""
     bands, shape = _bands(coeffs)
     size, border = [], []
-    for count, filters, mode in zip(shape[-2:], taps, modes, strict=True):
-        periodic = MODES[mode] == "periodization"
-        length = len(filters) // 2
+    for count, taps, mode in zip(shape[-2:], (level.taps_y, level.taps_x), level.modes, strict=True):
+        periodic = mode == "periodization"
+        length = len(taps) // 2
         size.append(2 * count if periodic else 2 * count - length + 2)
-        # The inverse needs no border: it is the transpose of an analysis that sees zeros outside.
-        border.append(mode if periodic else MODES.index("zero"))
+        # Other inverses need no border: they are the transpose of an analysis that sees zeros outside.
+        border.append(MODES.index("periodization" if periodic else "zero"))
         if size[-1] < 1 or count < 1:
             raise ValueError(f"coeffs: expected at least {length // 2} coefficients along an axis, got {count}")
-    x = _synthesis(bands, *taps, *border, 1, *size, backend=backend)
+    x = _synthesis(bands, Level(level.taps_y, level.taps_x, *border), size, backend)
     return x.view(*shape[:-2], *size)
 
 
@@ -344,17 +335,17 @@ def idwt2(
         ValueError, TypeError: an argument is not as described, or there are too few coefficients for the filter.
         BackendError: `backend` cannot run this call.
     """
-    taps, modes = _both_filters(wavelet, "rec"), _both_modes(mode)
+    inverse = Level(*_both_filters(wavelet, "rec"), *_both_modes(mode))
     if isinstance(coeffs, torch.Tensor):
         _both_axes(axes, max(coeffs.ndim, 2), True)
-        return _idwt(coeffs, taps, modes, backend)
+        return _idwt(coeffs, inverse, backend)
     if not isinstance(coeffs, (tuple, list)) or len(coeffs) != 2:
         raise ValueError(f"coeffs: expected (cA, (cH, cV, cD)) or [..., 4, H, W], got {type(coeffs).__name__}")
     bands = [coeffs[0], *_split(coeffs[1])]
     dim = next((band.ndim for band in bands if band is not None), 2)
     at = _both_axes(axes, dim, False)
     a, *details = (None if band is None else _to_last(band, at) for band in bands)
-    return _from_last(_idwt((a, details), taps, modes, backend), at)
+    return _from_last(_idwt((a, details), inverse, backend), at)
 
 
 def _max_level(size: int, length: int) -> int:
@@ -388,9 +379,10 @@ def wavedec2(
     """
     _check_tensor("data", data)
     at = _both_axes(axes, data.ndim, stack)
-    taps, modes = _both_filters(wavelet, "dec"), _both_modes(mode)
+    one = Level(*_both_filters(wavelet, "dec"), *_both_modes(mode))
     approximation = _to_last(data, at)
-    most = min(_max_level(n, len(f) // 2) for n, f in zip(approximation.shape[-2:], taps, strict=True))
+    height, width = approximation.shape[-2:]
+    most = min(_max_level(height, len(one.taps_y) // 2), _max_level(width, len(one.taps_x) // 2))
     if level is None:
         level = most
     if level < 0:
@@ -399,7 +391,7 @@ def wavedec2(
         warnings.warn(f"level: {level} is more than {most}: borders reach all coefficients", stacklevel=2)
     found: list[Any] = []
     for _ in range(level):
-        y = _dwt(approximation, taps, modes, backend)
+        y = _dwt(approximation, one, backend)
         if stack:
             approximation, details = y.split([1, 3], dim=-3)
             approximation = approximation.squeeze(-3)
@@ -436,7 +428,7 @@ def waverec2(
         raise ValueError(f"coeffs: expected [cA, details, ...], got {type(coeffs).__name__} without a cA")
     _check_tensor("coeffs", coeffs[0])
     at = _both_axes(axes, coeffs[0].ndim, any(isinstance(details, torch.Tensor) for details in coeffs[1:]))
-    taps, modes = _both_filters(wavelet, "rec"), _both_modes(mode)
+    inverse = Level(*_both_filters(wavelet, "rec"), *_both_modes(mode))
     x = _to_last(coeffs[0], at)
     for details in coeffs[1:]:
         bands = [None if band is None else _to_last(band, at) for band in _split(details)]
@@ -445,7 +437,7 @@ def waverec2(
             # The level below was of odd length: the inverse of this one has a sample too many.
             height, width = (n - 1 if n == m + 1 else n for n, m in zip(x.shape[-2:], like.shape[-2:], strict=True))
             x = x[..., :height, :width]
-        x = _idwt((x, bands), taps, modes, backend)
+        x = _idwt((x, bands), inverse, backend)
     return _from_last(x, at)
 
 
@@ -498,7 +490,7 @@ def swt2(
         )
     found: list[Any] = []
     for step in range(start_level, start_level + level):
-        y = _analysis(_planes(approximation), *taps, *_STATIONARY, 2**step, backend)
+        y = _analysis(_planes(approximation), Level(*taps, *_STATIONARY, 2**step), backend)
         y = y.view(*approximation.shape[:-2], *y.shape[1:])
         if stack:
             first, details = y.split([1, 3], dim=-3)
@@ -549,7 +541,7 @@ def iswt2(
     for step, details in zip(reversed(range(len(levels))), levels, strict=True):
         bands = [None if band is None else _to_last(band, at) for band in _split(details)]
         four, shape = _bands((x, bands))
-        x = _synthesis(four, *taps, *_STATIONARY, 2**step, *shape[-2:], backend=backend).view(shape)
+        x = _synthesis(four, Level(*taps, *_STATIONARY, 2**step), shape[-2:], backend).view(shape)
     return _from_last(x, at)
 
 

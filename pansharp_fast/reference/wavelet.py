@@ -4,7 +4,7 @@ Along one axis of n samples, with filters f (low and high, L taps each), a level
 
     y[i] = sum_k f[k] * e[step * i + offset - dilation * k],    0 <= i < count,
 
-where e continues x beyond both ends by the border mode. The three kinds of transform differ in four numbers (`geometry`):
+where e continues x beyond both ends by the border mode. Three kinds of transform differ in `geometry`:
 
     kind            step  offset          count              e
     DWT             2     1               (n + L - 1) // 2   as the mode says
