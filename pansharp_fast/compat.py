@@ -1,0 +1,115 @@
+"""Use of the public releases' networks: their state dicts in our models, our operators in their models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .models.pancrafter import PANCrafter, PANCrafterConfig
+from .nn.cm3a import CM3A
+
+
+def from_official(name: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], **options: Any) -> nn.Module:
+    """Our network with an official network's weights, in evaluation mode.
+
+    Args:
+        name: "pancrafter".
+        config: keyword arguments of the official constructor; missing ones have the release's values.
+        state_dict: official tensor names; every tensor must be there and fit. Read a file with
+            `torch.load(path, weights_only=True)`.
+        options: fields of our configuration. For "pancrafter": `attention_keys`, "released" (as published: the PAN keys
+            are overwritten, square maps only) unless told otherwise, or "aligned".
+
+    Returns:
+        The model on the CPU, in the tensors' shapes and float32.
+
+    Raises:
+        ValueError: unknown name, argument, or a setting that the official network has and ours has not.
+        RuntimeError: tensors missing, left over or of another shape (as `load_state_dict`).
+    """
+    if name not in _OFFICIAL:
+        raise ValueError(f"name: expected one of {sorted(_OFFICIAL)}, got {name!r}")
+    model = _OFFICIAL[name](dict(config), options)
+    model.load_state_dict(dict(state_dict))
+    return model.eval()
+
+
+def _pancrafter(config: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    for key, only in (("in_channels", 1), ("use_scale_shift_norm", True)):
+        if config.pop(key, only) != only:
+            raise ValueError(f"config: expected {key}={only}, got another value")
+    names = {"out_channels": "bands", "hidden_size": "hidden_sizes"}
+    same = ("s_embed_size", "dropout", "depth", "num_heads", "mlp_ratio", "pan_ks", "ms_ks", "ka")
+    unknown = sorted(set(config) - {*names, *same})
+    if unknown:
+        raise ValueError(f"config: expected arguments of the official constructor, got {unknown}")
+    return PANCrafter(PANCrafterConfig(**{names.get(key, key): value for key, value in config.items()}, **options))
+
+
+_OFFICIAL = {"pancrafter": _pancrafter}
+
+_CM3A_ATTRIBUTES = (
+    "num_heads", "head_dim", "ka", "ms_channel", "q", "k_pan", "v_pan", "kv_ms", "dep_conv", "proj_pan", "proj_ms",
+)  # fmt: skip
+
+
+def accelerate(model: nn.Module, *, attention_keys: str = "released") -> nn.Module:
+    """Replace the attention modules of a PAN-Crafter built from the official code by fused ones, in place.
+
+    They are recognised by their attributes, not by their class. Parameters are shared with the modules they replace:
+    state dicts, optimizers and outputs stay the same.
+
+    Args:
+        model: any module that holds such attention modules, or is one (then the replacement is returned).
+        attention_keys: "released" for the release as published, "aligned" for code in which each branch uses its own
+            keys.
+
+    Returns:
+        model.
+
+    Raises:
+        ValueError: the model holds no attention module that could be replaced.
+    """
+    if _is_official_cm3a(model):
+        return _fused_cm3a(model, attention_keys)
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if _is_official_cm3a(child)
+    ]
+    if not found:
+        raise ValueError(
+            f"model: expected modules with the attributes {', '.join(_CM3A_ATTRIBUTES)}, "
+            f"got none in {type(model).__name__}"
+        )
+    for parent, name, child in found:
+        setattr(parent, name, _fused_cm3a(child, attention_keys))
+    return model
+
+
+def _is_official_cm3a(module: nn.Module) -> bool:
+    return not isinstance(module, CM3A) and all(hasattr(module, name) for name in _CM3A_ATTRIBUTES)
+
+
+def _fused_cm3a(module: Any, attention_keys: str) -> CM3A:
+    dim = module.num_heads * module.head_dim
+    fused = CM3A(
+        dim,
+        module.num_heads,
+        pan_channel=module.k_pan.in_channels - dim,
+        ms_channel=module.ms_channel,
+        pan_ks=module.q.kernel_size[0],
+        ms_ks=module.kv_ms.kernel_size[0],
+        ka=module.ka,
+        qkv_bias=module.q.bias is not None,
+        attention_keys=attention_keys,
+    )
+    for name, own in list(fused.named_children()):
+        given = getattr(module, name)
+        if [tuple(p.shape) for p in own.parameters()] != [tuple(p.shape) for p in given.parameters()]:
+            raise ValueError(f"{name}: expected the tensors of the public release's attention module, got other shapes")
+        setattr(fused, name, given)
+    return fused.train(module.training)

@@ -1,0 +1,123 @@
+"""CM3A, the cross-modal local attention of PAN-Crafter (ICCV 2025, arXiv 2505.23367, eq. 9-12), as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.cm3a import cm3a
+
+ATTENTION_KEYS = ("aligned", "released")
+NEIGHBOURS = ("learned", "shift")
+
+
+class CM3A(nn.Module):
+    """One query attends to the neighbourhoods of PAN and MS features; tensor names as in the public release.
+
+    Args:
+        dim: channels of the features, a multiple of num_heads.
+        num_heads: attention heads; channel = head·(dim / num_heads) + d.
+        pan_channel, ms_channel: channels of PAN (and its low-resolution version) and of MS.
+        pan_ks, ms_ks: odd kernel sizes of the query/PAN and of the MS projections.
+        ka: odd side of the attended window.
+        qkv_bias: whether the projections have a bias.
+        qk_norm: must be False; the released networks normalise neither queries nor keys.
+        attention_keys: "aligned": each branch attends with its own keys (the paper). "released": as the public release
+            computes it, where the PAN branch attends with the MS keys and the MS branch with the MS keys in transposed
+            memory order; square maps only.
+        neighbours: "learned": a depth-wise convolution `dep_conv` forms the ka² neighbours (the release). "shift":
+            neighbour j is the pixel at offset j (the paper); there is no `dep_conv`.
+        pan_detail: whether the PAN values also see PAN and PAN - LPAN (the release) or only x and LPAN (the paper).
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        pan_channel: int = 1,
+        ms_channel: int = 8,
+        pan_ks: int = 3,
+        ms_ks: int = 3,
+        ka: int = 3,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        *,
+        attention_keys: str = "aligned",
+        neighbours: str = "learned",
+        pan_detail: bool = True,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim: expected a multiple of num_heads {num_heads}, got {dim}")
+        if qk_norm:
+            raise ValueError("qk_norm: expected False (no released network uses it), got True")
+        if attention_keys not in ATTENTION_KEYS:
+            raise ValueError(f"attention_keys: expected one of {ATTENTION_KEYS}, got {attention_keys!r}")
+        if neighbours not in NEIGHBOURS:
+            raise ValueError(f"neighbours: expected one of {NEIGHBOURS}, got {neighbours!r}")
+        for name, size in (("pan_ks", pan_ks), ("ms_ks", ms_ks), ("ka", ka)):
+            if size < 1 or size % 2 == 0:
+                raise ValueError(f"{name}: expected an odd size, got {size}")
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.ka, self.ms_channel = ka, ms_channel
+        self.attention_keys, self.pan_detail = attention_keys, pan_detail
+
+        def projection(inputs: int, outputs: int, size: int) -> nn.Conv2d:
+            return nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=qkv_bias)
+
+        self.q = projection(dim + ms_channel, dim, pan_ks)
+        self.k_pan = projection(dim + pan_channel, dim, pan_ks)
+        self.v_pan = projection(dim + (3 if pan_detail else 1) * pan_channel, dim, pan_ks)
+        self.kv_ms = projection(dim + ms_channel, 2 * dim, ms_ks)
+        self.dep_conv = (
+            nn.Conv2d(self.head_dim, self.head_dim * ka * ka, ka, padding=ka // 2, groups=self.head_dim)
+            if neighbours == "learned"
+            else None
+        )
+        self.proj_pan = nn.Conv2d(dim, dim, 1)
+        self.proj_ms = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, ms: Tensor, lpan: Tensor, pan: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Attend and project.
+
+        Args:
+            x: features [B, dim, H, W].
+            ms: [B, ms_channel, H, W]. lpan, pan: [B, pan_channel, H, W]. All at the features' size.
+            s: mode of each sample [B]: 0 PAN, 1 MS (values between blend the query's condition).
+
+        Returns:
+            (x_pan, x_ms), each [B, dim, H, W].
+
+        Raises:
+            ValueError: attention_keys is "released" and the map is not square.
+        """
+        blend = s.to(x.dtype).view(-1, 1, 1, 1)
+        q = self.q(torch.cat([x, torch.lerp(lpan.expand_as(ms), ms, blend)], 1))
+        v_pan = self.v_pan(torch.cat([x, lpan, pan, pan - lpan] if self.pan_detail else [x, lpan], 1))
+        k_ms, v_ms = self.kv_ms(torch.cat([x, ms], 1)).chunk(2, 1)
+        if self.attention_keys == "released":
+            k_pan, k_ms = k_ms, transposed_keys(k_ms, self.num_heads)
+        else:
+            k_pan = self.k_pan(torch.cat([x, lpan], 1))
+        weight = bias = None
+        if self.dep_conv is not None:
+            weight = self.dep_conv.weight.view(self.head_dim, self.ka**2, self.ka, self.ka)
+            bias = self.dep_conv.bias.view(self.head_dim, self.ka**2)  # type: ignore[union-attr]
+        out_pan, out_ms = cm3a(q, k_pan, v_pan, k_ms, v_ms, weight, bias, num_heads=self.num_heads, window=self.ka)
+        return self.proj_pan(out_pan), self.proj_ms(out_ms)
+
+
+def transposed_keys(keys: Tensor, num_heads: int) -> Tensor:
+    """The released MS branch's keys: [B, heads, D, H, W] moved to [B, heads, W, D, H] and read back row by row.
+
+    Raises:
+        ValueError: H and W differ; the release cannot run on such maps; padding to a square is another result.
+    """
+    b, c, h, w = keys.shape
+    if h != w:
+        raise ValueError(f'attention_keys: "released" keys are defined on square maps only, got {h}x{w}')
+    moved = keys.reshape(b, num_heads, c // num_heads, h, w).permute(0, 1, 4, 2, 3)
+    return moved.reshape(b, c, h, w)
