@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from .models.fsa import PRESETS as FSA_PRESETS
+from .models.fsa import FSAConfig, FSAStudent, FSATeacher
 from .models.pancrafter import PANCrafter, PANCrafterConfig
+from .models.prior import PriorConfig, PriorNet
 from .nn.cm3a import CM3A
 
 
@@ -15,12 +19,13 @@ def from_official(name: str, config: Mapping[str, Any], state_dict: Mapping[str,
     """Our network with an official network's weights, in evaluation mode.
 
     Args:
-        name: "pancrafter".
+        name: "pancrafter", or of U-Know-DiffPAN "prior", "fsa_t" (teacher) or "fsa_s" (student).
         config: keyword arguments of the official constructor; missing ones have the release's values.
         state_dict: official tensor names; every tensor must be there and fit. Read a file with
             `torch.load(path, weights_only=True)`.
         options: fields of our configuration. For "pancrafter": `attention_keys`, "released" (as published: the PAN keys
-            are overwritten, square maps only) unless told otherwise, or "aligned".
+            are overwritten, square maps only) unless told otherwise, or "aligned". For U-Know-DiffPAN `highpass_pan`
+            and `released_sampling`, both True unless told otherwise.
 
     Returns:
         The model on the CPU, in the tensors' shapes and float32.
@@ -48,7 +53,36 @@ def _pancrafter(config: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     return PANCrafter(PANCrafterConfig(**{names.get(key, key): value for key, value in config.items()}, **options))
 
 
-_OFFICIAL = {"pancrafter": _pancrafter}
+def _prior(config: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    bands = config.pop("spectral_num", 8)
+    if config:
+        raise ValueError(f"config: expected spectral_num, got {sorted(config)}")
+    return PriorNet(PriorConfig(**{"bands": bands, "highpass_pan": True, **options}))
+
+
+def _fsa(model: type[FSATeacher | FSAStudent]) -> Callable[[dict[str, Any], dict[str, Any]], nn.Module]:
+    def build(config: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+        bands = config.pop("in_channel", config.get("lms_channel", 8))
+        for key, only in (("out_channel", bands), ("lms_channel", bands), ("pan_channel", 1)):
+            if config.pop(key, only) != only:
+                raise ValueError(f"config: expected {key}={only}, got another value")
+        ours = {"bands", "prior", "prediction", "highpass_pan", "released_sampling"}
+        same = {field.name for field in dataclasses.fields(FSAConfig)} - ours
+        unknown = sorted(set(config) - same)
+        if unknown:
+            raise ValueError(f"config: expected arguments of the official constructor, got {unknown}")
+        released = {**FSA_PRESETS["released"], "res_blocks": 3 if model is FSATeacher else 2}
+        return model(FSAConfig(**{**released, "bands": bands, **config, **options}))
+
+    return build
+
+
+_OFFICIAL: dict[str, Callable[[dict[str, Any], dict[str, Any]], nn.Module]] = {
+    "pancrafter": _pancrafter,
+    "prior": _prior,
+    "fsa_t": _fsa(FSATeacher),
+    "fsa_s": _fsa(FSAStudent),
+}
 
 _CM3A_ATTRIBUTES = (
     "num_heads", "head_dim", "ka", "ms_channel", "q", "k_pan", "v_pan", "kv_ms", "dep_conv", "proj_pan", "proj_ms",

@@ -18,6 +18,9 @@ from safetensors.torch import save_file
 #: a configuration has `bands`, `to_dict()` and takes its fields as keyword arguments.
 ARCHITECTURES: dict[str, tuple[str, str]] = {
     "pancrafter": ("pansharp_fast.models.pancrafter", "PANCrafter"),
+    "uknow-prior": ("pansharp_fast.models.prior", "PriorNet"),
+    "uknow-teacher": ("pansharp_fast.models.fsa", "FSATeacher"),
+    "uknow-student": ("pansharp_fast.models.fsa", "FSAStudent"),
 }
 #: Folder of the weights that come with the package.
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"

@@ -57,21 +57,31 @@ class WaveletAttention(ChannelAttentionTail):
             self.q = depthwise_then_pointwise(fea_dim, qkv_dim)
             self.kv = depthwise_then_pointwise(cond_dim, 2 * qkv_dim)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x [B, fea_dim, H, W], condition [B, cond_dim, H, W] -> [B, dim_out, H, W]."""
-        x = self.prenorm_x(x)
+    def prepare(self, condition: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """What `attend` needs of the condition [B, cond_dim, H, W]; the same for every step of a sampling run."""
         if self.condition == "qk":
             q, k = self.qk(condition).chunk(2, dim=1)
-            v = self.v(x)
+            return self._context(q, k.softmax(dim=-2))
+        k, v = self.kv(condition).chunk(2, dim=1)
+        return k.softmax(dim=-2), v.softmax(dim=-1)
+
+    def attend(self, x: Tensor, prepared: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, fea_dim, H, W] and the result of `prepare` -> [B, dim_out, H, W]."""
+        x = self.prenorm_x(x)
+        if isinstance(prepared, Tensor):
+            context, v = prepared, self.v(x).softmax(dim=-1)
         else:
-            q = self.q(x)
-            k, v = self.kv(condition).chunk(2, dim=1)
-        k = k.softmax(dim=-2)
-        v = v.softmax(dim=-1)
+            k, v = prepared
+            context = self._context(self.q(x), k)
+        return self.finish(torch.matmul(context, self._heads(v)).reshape(v.shape), x)
 
-        def heads(tensor: Tensor) -> Tensor:
-            return tensor.reshape(tensor.shape[0], self.nheads, -1, tensor.shape[-2] * tensor.shape[-1])
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x [B, fea_dim, H, W], condition [B, cond_dim, H, W] -> [B, dim_out, H, W]."""
+        return self.attend(x, self.prepare(condition))
 
-        # The scale rides on the small matrix [B, heads, e, d].
-        context = torch.matmul(heads(k), heads(q).transpose(-1, -2)) * self.scale
-        return self.finish(torch.matmul(context, heads(v)).reshape(v.shape), x)
+    def _heads(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(tensor.shape[0], self.nheads, -1, tensor.shape[-2] * tensor.shape[-1])
+
+    def _context(self, q: Tensor, k: Tensor) -> Tensor:
+        """Scaled sum over pixels [B, heads, e, d]: the scale rides on this small matrix."""
+        return torch.matmul(self._heads(k), self._heads(q).transpose(-1, -2)) * self.scale
