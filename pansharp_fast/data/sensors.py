@@ -1,0 +1,97 @@
+"""One table of sensors: gains of the modulation transfer function, range of values, bands and their colours."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sensor:
+    """What the package knows about a sensor.
+
+    Attributes:
+        name: canonical name, a key of `SENSORS`.
+        mtf_ms: gain of the MTF at the Nyquist frequency of the MS grid, one per band; one value serves any band count.
+        mtf_pan: the same gain of the PAN band.
+        bit_depth: bits of a digital number.
+        band_names: names of the MS bands in file order; empty where the order is unknown.
+        rgb: 0-based indices of the bands shown as red, green, blue.
+
+    Gains are those of the DLPan toolbox (G. Vivone et al., IEEE GRSM 2021); it knows no GaoFen-2 and takes its default.
+    """
+
+    name: str
+    mtf_ms: tuple[float, ...]
+    mtf_pan: float
+    bit_depth: int
+    band_names: tuple[str, ...]
+    rgb: tuple[int, int, int]
+
+    @property
+    def peak(self) -> int:
+        """Largest digital number, the data range of PSNR and SSIM and the divisor of normalisation."""
+        return 2**self.bit_depth - 1
+
+    @property
+    def bands(self) -> int | None:
+        """Number of MS bands, or None where any number will do."""
+        return len(self.band_names) or None
+
+    def gains(self, bands: int) -> tuple[float, ...]:
+        """MTF gains of `bands` MS bands.
+
+        Raises:
+            ValueError: the sensor has another number of bands.
+        """
+        if len(self.mtf_ms) == 1:
+            return self.mtf_ms * bands
+        if len(self.mtf_ms) != bands:
+            raise ValueError(f"sensor {self.name}: expected {len(self.mtf_ms)} bands, got {bands}")
+        return self.mtf_ms
+
+
+_BGRN = ("blue", "green", "red", "NIR")
+_WV = ("coastal", "blue", "green", "yellow", "red", "red edge", "NIR1", "NIR2")
+
+#: Canonical name -> sensor.
+SENSORS: dict[str, Sensor] = {
+    sensor.name: sensor
+    for sensor in (
+        Sensor("WV2", (0.35,) * 7 + (0.27,), 0.11, 11, _WV, (4, 2, 1)),
+        Sensor("WV3", (0.325, 0.355, 0.36, 0.35, 0.365, 0.36, 0.335, 0.315), 0.14, 11, _WV, (4, 2, 1)),
+        Sensor("WV4", (0.23,) * 4, 0.16, 11, _BGRN, (2, 1, 0)),
+        Sensor("QB", (0.34, 0.32, 0.30, 0.22), 0.15, 11, _BGRN, (2, 1, 0)),
+        Sensor("GF2", (0.30,) * 4, 0.15, 10, _BGRN, (2, 1, 0)),
+        Sensor("IKONOS", (0.26, 0.28, 0.29, 0.28), 0.17, 11, _BGRN, (2, 1, 0)),
+        Sensor("GeoEye1", (0.23,) * 4, 0.16, 11, _BGRN, (2, 1, 0)),
+        Sensor("default", (0.30,), 0.15, 16, (), (0, 1, 2)),
+    )
+}
+
+_ALIASES = {
+    "worldview2": "WV2",
+    "worldview3": "WV3",
+    "worldview4": "WV4",
+    "quickbird": "QB",
+    "quickbird2": "QB",
+    "gaofen2": "GF2",
+    "ik": "IKONOS",
+    "ge1": "GeoEye1",
+    "none": "default",
+    "unknown": "default",
+} | {name.lower(): name for name in SENSORS}
+
+
+def get_sensor(sensor: str | Sensor) -> Sensor:
+    """The sensor of that name; case, spaces, hyphens and underscores do not matter ("WorldView-3" is WV3).
+
+    Raises:
+        ValueError: no such sensor.
+    """
+    if isinstance(sensor, Sensor):
+        return sensor
+    key = _ALIASES.get(re.sub(r"[\s_-]", "", sensor).lower())
+    if key is None:
+        raise ValueError(f"sensor: expected one of {', '.join(SENSORS)}, got {sensor!r}")
+    return SENSORS[key]
