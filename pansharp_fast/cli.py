@@ -6,8 +6,10 @@ Exit codes: 0 done, 1 the work failed, 2 the command line was wrong. A failure i
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import __version__
@@ -63,3 +65,76 @@ def main(debug: bool) -> None:
 def info() -> None:
     """Versions, facts of the build, and each operator on each backend."""
     click.echo(importlib.import_module("pansharp_fast.info").report())
+
+
+def _creation_options(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    options = {}
+    for value in values:
+        key, equals, setting = value.partition("=")
+        if not (key and equals):
+            raise click.BadParameter(f"expected KEY=VALUE, got {value!r}")
+        options[key.upper()] = setting
+    return options
+
+
+def _bands(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
+    if value is None:
+        return None
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"expected numbers such as 2,3,5,7, got {value!r}") from None
+
+
+@main.command()
+@click.argument("pan", metavar="PAN.tif")
+@click.argument("ms", metavar="MS.tif")
+@click.argument("out", metavar="OUT.tif", type=click.Path())
+@click.option("--weights", default="tiny", show_default=True, help="Checkpoint file, or name of shipped weights.")
+@click.option("--peak", default=2047.0, show_default=True, help="Largest value of the sensor: 2047 for 11 bits.")
+@click.option("--bands", metavar="N,N,...", callback=_bands, help="MS bands to use, from 1 [default: all].")
+@click.option("--tile", default=512, show_default=True, help="PAN pixels that the network sees at once, a side.")
+@click.option("--overlap", default=64, show_default=True, help="PAN pixels that a tile reaches beyond its core.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["uint8", "int16", "uint16", "int32", "uint32", "float32", "float64"]),
+    help="Pixel type of OUT [default: that of MS].",
+)
+@click.option("--nodata", type=float, help="Value without data where a file declares none, and in OUT; nan for NaN.")
+@click.option("--co", metavar="KEY=VALUE", multiple=True, callback=_creation_options, help="GDAL creation option.")
+@click.option("--cog", is_flag=True, help="Write a Cloud Optimized GeoTIFF.")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@click.option("--preview", metavar="PNG", type=click.Path(), help="Write a picture of the result too.")
+@click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
+def sharpen(pan: str, ms: str, out: str, co: dict[str, str], quiet: bool, **options: Any) -> None:
+    """Sharpen the multispectral MS.tif with PAN.tif into OUT.tif, on PAN's grid."""
+    from .inference import sharpen_scene
+
+    with _progress("sharpening", quiet) as progress:
+        summary = sharpen_scene(pan, ms, out, creation_options=co, progress=progress, **options)
+    if summary.largest > options["peak"]:
+        click.echo(
+            f"Warning: peak: expected at least the largest value {summary.largest:g}, got {options['peak']:g}; "
+            "give the sensor's own with --peak",
+            err=True,
+        )
+    if not quiet:
+        click.echo(summary.text(out))
+
+
+@contextlib.contextmanager
+def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on standard error: the callback takes (done, total)."""
+    if quiet:
+        yield None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (progress.TextColumn(what), progress.BarColumn(), progress.MofNCompleteColumn())
+    times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
+    with progress.Progress(*columns, *times, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,163 @@
+"""Sharpening of a whole scene, tile by tile, from files to a file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import torch
+from torch import Tensor
+
+from . import tiles
+from .arrays import Sharpener, SharpeningModel
+from .output import DTYPES, Output, check_target, choose_nodata
+from .scenes import Scene
+
+#: GDAL's cache of blocks, MiB: holds the rows of blocks that a row of tiles reads, without growing with the scene.
+CACHE_MIB = 256
+#: Side of the file's blocks, at most.
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `sharpen_scene` did.
+
+    height, width, bands, dtype, nodata: of the output. valid: share of its pixels that hold data. resampled: whether
+    MS was resampled to fit PAN's grid. largest: largest digital number among the inputs. seconds: wall time.
+    """
+
+    height: int
+    width: int
+    bands: int
+    dtype: str
+    nodata: float | None
+    valid: float
+    resampled: bool
+    largest: float
+    seconds: float
+
+    def text(self, name: str | Path) -> str:
+        """One line about the scene written to `name`."""
+        megapixels = self.height * self.width / 1e6
+        parts = [
+            f"{name}: {self.height} x {self.width}, {self.bands} bands {self.dtype}",
+            *([f"{100 * self.valid:.1f} % hold data"] if self.valid < 1 else []),
+            *(["MS resampled to PAN's grid"] if self.resampled else []),
+            f"{self.seconds:.1f} s, {self.seconds / megapixels:.2f} s per megapixel",
+        ]
+        return "; ".join(parts)
+
+
+def sharpen_scene(
+    pan: str | Path,
+    ms: str | Path,
+    out: str | Path,
+    *,
+    weights: str | Path | SharpeningModel = "tiny",
+    peak: float = 2047,
+    bands: Sequence[int] | None = None,
+    tile: int = 512,
+    overlap: int = 64,
+    dtype: str | None = None,
+    nodata: float | None = None,
+    cog: bool = False,
+    creation_options: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    device: str | torch.device | None = None,
+    precision: str = "float32",
+    preview: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Sharpen a scene; memory is that of one tile plus a thin band of results along a row of tiles.
+
+    Args:
+        pan, ms, bands, nodata: see `Scene`; nodata is also what the output declares.
+        out: GeoTIFF to write, on PAN's grid. It appears when it is complete.
+        weights, peak, device, precision: see `pansharp_fast.sharpen`.
+        tile, overlap: PAN pixels, multiples of 16; see `tiles.plan`.
+        dtype: one of `output.DTYPES`; None is that of MS.
+        cog: write a Cloud Optimized GeoTIFF.
+        creation_options: for GDAL's driver, such as {"COMPRESS": "ZSTD"}.
+        overwrite: replace existing files.
+        preview: PNG of the result to write as well.
+        progress: called with (tiles done, tiles in all) after each tile.
+
+    Raises:
+        OSError: a file cannot be read or written, or exists.
+        ValueError: the rasters do not fit together, the weights or not each other; no pixel holds data in both; or an
+            option is out of its range. Nothing is left at `out` then.
+    """
+    start = time.perf_counter()
+    out, preview = Path(out), None if preview is None else Path(preview)
+    tiles.check(tile, overlap)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_target("OUT", out, overwrite)
+    if preview is not None:
+        check_target("preview", preview, overwrite)
+    for source in (pan, ms):
+        if out.exists() and Path(source).exists() and out.samefile(source):
+            raise ValueError(f"OUT: expected another file than the input, got {out}")
+    with rasterio.Env(GDAL_CACHEMAX=CACHE_MIB), Scene(pan, ms, bands=bands, nodata=nodata) as scene:
+        sharpener = Sharpener(weights, peak=peak, device=device, precision=precision)
+        if len(scene.bands) != sharpener.bands:
+            raise ValueError(
+                f"MS: expected {sharpener.bands} bands, as the weights have, got {len(scene.bands)} in {ms} "
+                "(choose some with bands)"
+            )
+        pixel = np.dtype(dtype or scene.ms_file.dtypes[scene.bands[0] - 1])
+        value = choose_nodata(scene, pixel, nodata)
+        rows, columns = tiles.plan(scene.height, tile, overlap), tiles.plan(scene.width, tile, overlap)
+        core = tile - 2 * overlap
+        block = max(side for side in range(16, BLOCK + 1, 16) if core % side == 0)
+        done, held, largest = 0, 0, 0.0
+        valid = torch.empty(0)  # of the latest tile
+
+        def compute(row: tiles.Span, column: tiles.Span) -> Tensor:
+            nonlocal done, largest, valid
+            inputs = scene.read(row, column)
+            shape = row.stop - row.start, column.stop - column.start
+            if inputs is None:
+                result, valid = torch.zeros(len(scene.bands), *shape), torch.zeros(shape, dtype=torch.bool)
+            else:
+                *images, valid = inputs
+                largest = max(largest, *(float(image.max()) for image in images))
+                result = sharpener(*images)[0, :, row.written, column.written].cpu()
+            done += 1
+            if progress is not None:
+                progress(done, len(rows) * len(columns))
+            return result
+
+        with Output(
+            out,
+            scene,
+            dtype=pixel,
+            nodata=value,
+            block=block,
+            cog=cog,
+            creation_options=creation_options or {},
+            preview=preview,
+        ) as output:
+            for top, left, piece in tiles.blend(rows, columns, compute):
+                holds = valid[: piece.shape[1], : piece.shape[2]]
+                held += int(holds.sum())
+                output.write(top, left, piece.numpy(), holds.numpy())
+            if not held:
+                raise ValueError(f"PAN and MS: expected a pixel that holds data in both, got none in {pan} and {ms}")
+            output.finish()
+        return Summary(
+            height=scene.height,
+            width=scene.width,
+            bands=len(scene.bands),
+            dtype=pixel.name,
+            nodata=value,
+            valid=held / (scene.height * scene.width),
+            resampled=scene.resampled,
+            largest=largest,
+            seconds=time.perf_counter() - start,
+        )
