@@ -76,7 +76,7 @@ def read_checkpoint(
         raise CheckpointError(f"weights: expected a file, got {path}, which does not exist")
     with open(path, "rb") as file:
         start = file.read(16)
-    if start.startswith((b"PK\x03\x04", b"\x80")):
+    if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{":  # a short header may start with b"\x80" too
         raise CheckpointError(
             f"weights: expected a safetensors checkpoint, got the pickled file {path} (read a state dict with "
             "torch.load(weights_only=True), build with compat.from_official and write with save_model)"
