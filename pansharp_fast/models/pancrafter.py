@@ -381,7 +381,7 @@ class PANCrafter(nn.Module):
         Raises:
             ValueError: shapes that do not fit together, another ratio than 4, or a peak that is not positive.
         """
-        from ..data.resample import lpan as low_pan
+        from ..data import lpan as low_pan
 
         check_pair(pan, ms, self.config.bands)
         if not peak > 0:

@@ -94,7 +94,7 @@ class CM3A(nn.Module):
         Raises:
             ValueError: attention_keys is "released" and the map is not square.
         """
-        blend = s.to(x.dtype).view(-1, 1, 1, 1)
+        blend = s.to(ms.dtype).view(-1, 1, 1, 1)
         q = self.q(torch.cat([x, torch.lerp(lpan.expand_as(ms), ms, blend)], 1))
         v_pan = self.v_pan(torch.cat([x, lpan, pan, pan - lpan] if self.pan_detail else [x, lpan], 1))
         k_ms, v_ms = self.kv_ms(torch.cat([x, ms], 1)).chunk(2, 1)

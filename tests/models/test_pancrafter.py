@@ -11,8 +11,6 @@ from pansharp_fast import compat
 from pansharp_fast.models import PRESETS, PANCrafter, PANCrafterConfig, preset
 from pansharp_fast.nn import CM3A
 
-BACKENDS = ("reference", "cpu")
-
 
 def load(path):
     data = np.load(path)
@@ -179,9 +177,23 @@ def test_gradients_reach_every_used_parameter(name):
     assert without == unused  # the release never uses its PAN keys
 
 
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_bfloat16_and_autocast_stay_near_float32(name):
+    model = randomised(small(name))
+    pan, _, ms = (2047 * x for x in images(8, 8))
+    exact = model.sharpen(pan, ms, 2047)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model.sharpen(pan, ms, 2047)
+    half = model.bfloat16().sharpen(pan, ms, 2047)
+    detail = (exact - F.interpolate(ms, scale_factor=4, mode="bicubic")).abs().max()
+    for ours in (cast, half):
+        assert ours.dtype == torch.float32
+        assert 0 < (ours - exact).abs().max() < 0.05 * detail
+
+
 @pytest.mark.parametrize("name", ["released", "tiny"])
 def test_compiles_without_graph_breaks(name):
-    model = randomised(small(name, hidden_sizes=(16,) * len(preset(name).hidden_sizes)))
+    model = randomised(small(name))
     arguments = (*images(8, 8), torch.ones(1))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
