@@ -38,7 +38,7 @@ struct Launch {
 #include <torch/csrc/stable/accelerator.h>
 
 #define PSF_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pansharp_fast, CUDA, m)
-#define PSF_SHARED(type, name, count) __shared__ type name[count]
+#define PSF_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define PSF_DYNAMIC_SHARED(type, name)                       \
   extern __shared__ __align__(16) char psf_dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(psf_dynamic_shared)
@@ -62,7 +62,9 @@ class Launch {
     if (shared > 48 * 1024)
       STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
-    kernel<<<grid, block, shared, stream_> > >(arguments...);
+    // clang-format off
+    kernel<<<grid, block, shared, stream_>>>(arguments...);
+    // clang-format on
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
