@@ -12,8 +12,8 @@
 #ifdef PSF_SIMT
 
 #include "simt.h"
-// Operators of a shim library take CPU tensors and stand in a namespace of their own.
-#define PSF_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pansharp_fast_simt, CPU, m)
+// Operators of a shim library take CPU tensors and stand in a namespace of their own, PSF_SIMT.
+#define PSF_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(PSF_SIMT, CPU, m)
 // A __shared__ array of a block; `count` is a constant expression.
 #define PSF_SHARED(type, name, count) type* name = ::simt::shared_array<type>(count)
 // The block's dynamic shared memory.

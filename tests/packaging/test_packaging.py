@@ -61,7 +61,8 @@ def test_wheel_holds_weights_and_sample_scenes(built):
 
 @pytest.mark.slow
 def test_sdist_holds_every_source(built):
-    names = {name.split("/", 1)[1] for name in tarfile.open(built[1]).getnames() if "/" in name}
+    with tarfile.open(built[1]) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert expected <= names, sorted(expected - names)
     assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= names

@@ -1,4 +1,4 @@
-"""Builds CUDA sources for the CPU shim and loads them: `torch.ops.pansharp_fast_simt.<op>` then takes CPU tensors."""
+"""Builds CUDA sources for the CPU shim and loads them as operators that take CPU tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,21 +16,20 @@ HERE = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "simt"
 TORCH = Path(torch.__file__).resolve().parent
 
-_library = torch.library.Library("pansharp_fast_simt", "DEF")
-_defined: set[str] = set()
+_libraries: list[torch.library.Library] = []  # a library's definitions go when it does
 
 
-def define(name: str, schema: str) -> None:
-    """Define shim operator `name` once with the schema of the operator it stands for."""
-    if name not in _defined:
-        _library.define(name + schema)
-        _defined.add(name)
+def schema_of(name: str) -> str:
+    """Schema of operator `pansharp_fast::name` without its name."""
+    text = str(getattr(torch.ops.pansharp_fast, name).default._schema)
+    return text[text.index("(") :]
 
 
 @functools.cache
-def load(source: str, edit: tuple[str, str, int] | None = None) -> None:
-    """Compile `source` (path below the project root) with g++ against the shim and load its operators.
+def load(source: str, names: tuple[str, ...], edit: tuple[str, str, int] | None = None, schema: str = "") -> Any:
+    """Compile `source` (path below the project root) with g++ against the shim; return the operators' namespace.
 
+    names: operators of pansharp_fast that the source implements; the shim's have the same schemas (or `schema`).
     edit: (old, new, which), replaces the `which`-th occurrence of `old` first: a planted fault.
     The library is kept by a hash of everything that it is made of, so that a second run compiles nothing.
     """
@@ -40,7 +40,16 @@ def load(source: str, edit: tuple[str, str, int] | None = None) -> None:
         if len(parts) <= which + 1:
             raise ValueError(f"edit: expected over {which} occurrences of {old!r} in {source}, got {len(parts) - 1}")
         text = old.join(parts[: which + 1]) + new + old.join(parts[which + 1 :])
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-DPSF_SIMT", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    namespace = f"simt_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-w",
+        f"-DPSF_SIMT={namespace}",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ]
     digest = hashlib.sha256(" ".join([text, torch.__version__, *flags]).encode())
     for header in sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), HERE / "simt.h"]):
         digest.update(header.read_bytes())
@@ -56,4 +65,9 @@ def load(source: str, edit: tuple[str, str, int] | None = None) -> None:
         ]  # fmt: skip
         subprocess.run(command, check=True)
         temporary.rename(library)
+    definitions = torch.library.Library(namespace, "DEF")
+    for name in names:
+        definitions.define(name + (schema or schema_of(name)))
+    _libraries.append(definitions)
     torch.ops.load_library(str(library))
+    return getattr(torch.ops, namespace)

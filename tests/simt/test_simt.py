@@ -10,9 +10,7 @@ ORDERS = ("forward", "reverse", "shuffle")
 
 @pytest.fixture(scope="module")
 def selftest():
-    simt.define("selftest", "(Tensor x, int kind) -> Tensor")
-    simt.load("tests/simt/selftest.cu")
-    return torch.ops.pansharp_fast_simt.selftest
+    return simt.load("tests/simt/selftest.cu", ("selftest",), schema="(Tensor x, int kind) -> Tensor").selftest
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -1,0 +1,119 @@
+"""The CUDA kernels of cm3a, run by the CPU shim: values and gradients against the float64 reference."""
+
+import pytest
+import torch
+
+import pansharp_fast.ops  # noqa: F401  (defines the schemas)
+from pansharp_fast import reference
+from tests import simt
+
+SOURCE = "csrc/cuda/cm3a.cu"
+NAMES = ("cm3a_fwd", "cm3a_bwd")
+ORDERS = ("forward", "reverse", "shuffle")
+
+
+@pytest.fixture(scope="module")
+def ops():
+    return simt.load(SOURCE, NAMES)
+
+
+def case(shape, heads, window, learned, dtype=torch.float32, channels_last=False):
+    """Random inputs of one call: (five tensors, weight, bias, two gradients)."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    tensors = [torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(5)]
+    dim, count = shape[1] // heads, window**2
+    weight = torch.randn(dim, count, window, window) * 0.3 if learned else None
+    bias = torch.randn(dim, count) * 0.3 if learned else None
+    gradients = [torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(2)]
+    return tensors, weight, bias, gradients
+
+
+def expected(tensors, weight, bias, gradients, heads, window, scale, dtype=torch.float64):
+    """(outputs, gradients) of the reference in `dtype`."""
+    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in (*tensors, weight, bias)]
+    out = reference.cm3a(*leaves, num_heads=heads, window=window, scale=scale)
+    torch.autograd.backward(out, [g.to(dtype) for g in gradients])
+    return [o.detach() for o in out], [t.grad for t in leaves if t is not None]
+
+
+def run(ops, tensors, weight, bias, gradients, heads, window, scale, channels_last):
+    options = (heads, window, scale, channels_last)
+    out = ops.cm3a_fwd(*tensors, weight, bias, *options)
+    grads = ops.cm3a_bwd(*gradients, *tensors, weight, bias, *options)
+    return list(out), list(grads if weight is not None else grads[:5])
+
+
+def error(actual, exact):
+    """Norm of the deviation over the norm of the exact value, per tensor; a maximum over few values is noise."""
+    return [((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, exact, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "window", "learned", "channels_last"),
+    [
+        ((1, 16, 5, 7), 2, 3, True, False),
+        ((2, 16, 19, 33), 1, 3, True, True),
+        ((1, 10, 3, 34), 2, 3, True, False),  # five channels a head: an incomplete chunk
+        ((1, 16, 18, 9), 1, 3, False, True),
+        ((2, 3, 1, 1), 3, 3, True, False),
+        ((1, 8, 10, 6), 1, 5, True, True),
+        ((1, 12, 9, 35), 1, 5, False, False),
+    ],
+)
+def test_agrees_with_reference(ops, shape, heads, window, learned, channels_last):
+    data = case(shape, heads, window, learned, channels_last=channels_last)
+    options = (heads, window, 0.3)
+    out, grads = expected(*data, *options)
+    plain_out, plain_grads = expected(*data, *options, dtype=torch.float32)
+    got_out, got_grads = run(ops, *data, *options, channels_last)
+    floor = 3e-8  # half a unit of float32: on a single pixel the plain run may be exact by luck
+    for ours, plain in zip(error(got_out, out), error(plain_out, out), strict=True):
+        assert ours <= 2 * max(plain, floor)
+    for ours, plain in zip(error(got_grads, grads), error(plain_grads, grads), strict=True):
+        assert ours <= 3 * max(plain, floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(ops, dtype):
+    data = case((1, 16, 6, 9), 2, 3, True, dtype)
+    options = (2, 3, 0.25)
+    out, grads = expected(*data, *options)
+    plain_out, plain_grads = expected(*data, *options, dtype=dtype)
+    got_out, got_grads = run(ops, *data, *options, False)
+    assert all(t.dtype == dtype for t in (*got_out, *got_grads[:5]))
+    for ours, plain in zip(error(got_out, out), error(plain_out, out), strict=True):
+        assert ours <= 2 * plain
+    for ours, plain in zip(error(got_grads, grads), error(plain_grads, grads), strict=True):
+        assert ours <= 3 * plain
+
+
+def test_result_does_not_depend_on_the_order_of_threads(ops, monkeypatch):
+    data = case((1, 16, 9, 40), 1, 3, True)
+    results = []
+    for order in ORDERS:
+        monkeypatch.setenv("SIMT_ORDER", order)
+        out, grads = run(ops, *data, 1, 3, 0.25, False)
+        results.append([*out, *grads])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_empty_batch(ops):
+    data = case((0, 16, 4, 4), 2, 3, True)
+    out, grads = run(ops, *data, 2, 3, 0.25, False)
+    assert out[0].shape == (0, 16, 4, 4)
+    assert all(not g.any() for g in grads[5:])
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [("    __syncthreads();\n  };\n", "  };\n", 0), (" - radius, x = x0", " - radius + 1, x = x0", 0)],
+    ids=["missing barrier", "off by one"],
+)
+def test_planted_faults_are_noticed(edit):
+    """The comparison above fails on a kernel with a fault: its passing means something."""
+    faulty = simt.load(SOURCE, NAMES, edit)
+    tensors, weight, bias, gradients = case((1, 16, 9, 40), 1, 3, True)
+    out, _ = expected(tensors, weight, bias, gradients, 1, 3, 0.25)
+    wrong = faulty.cm3a_fwd(*tensors, weight, bias, 1, 3, 0.25, False)
+    assert not max(error(wrong, out)) < 1e-3  # NaN counts as noticed
