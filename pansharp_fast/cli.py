@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the work failed, 2 the command line was wrong. A failure i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -138,3 +139,54 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | N
     with progress.Progress(*columns, *times, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class _Recipes(click.Group):
+    """One command a recipe, with a flag for each key of its configuration; built when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(importlib.import_module("pansharp_fast.training").RECIPES)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.list_commands(ctx):
+            return None
+        training = importlib.import_module("pansharp_fast.training")
+        config = training.recipe_class(name).config_class
+
+        def run(config: str | None, resume: bool, quiet: bool, **overrides: Any) -> None:
+            measures = training.train(name, config, resume=resume, progress=not quiet, **overrides)
+            click.echo("  ".join(f"{measure} {value:.4f}" for measure, value in measures.items()))
+
+        options: list[click.Parameter] = [
+            click.Option(["--config"], type=click.Path(dir_okay=False), help="YAML file with any of the keys below."),
+            click.Option(["--resume"], is_flag=True, help="Continue the run in OUT, if there is one."),
+            click.Option(["--quiet"], is_flag=True, help="No progress bar."),
+        ]
+        for field in dataclasses.fields(config):
+            default = "" if field.default in (dataclasses.MISSING, None, ()) else f"  [{field.default}]"
+            flag = f"--{field.name.replace('_', '-')}"
+            options.append(click.Option([flag, field.name], help=field.metadata["help"] + default))
+        return click.Command(name, callback=run, params=options, help=f"Train {name}.")
+
+
+@main.command(cls=_Recipes)
+def train() -> None:
+    """Train a model on PanCollection HDF5 files."""
+
+
+@main.command()
+@click.argument("pan", type=click.Path())
+@click.argument("ms", type=click.Path())
+@click.argument("out", type=click.Path(dir_okay=False))
+@click.option("--sensor", required=True, help="Sensor whose MTF degrades MS (WV2, WV3, QB, GF2, ..., default).")
+@click.option("--patch", default=64, show_default=True, help="Side of a patch, in MS pixels; a multiple of 4.")
+@click.option("--overlap", default=4, show_default=True, help="Low-resolution pixels shared by neighbouring patches.")
+@click.option("--valid-out", type=click.Path(dir_okay=False), help="File for patches of the scene's right part.")
+@click.option("--valid-share", default=0.2, show_default=True, help="Share of the columns that goes to --valid-out.")
+@click.option("--nodata", type=float, help="Value without a pixel, over what the files declare.")
+@click.option("--shift", type=(int, int), default=(0, 0), help="Rows and columns by which PAN must move to lie on MS.")
+def simulate(pan: str, ms: str, out: str, **options: Any) -> None:
+    """Make training patches OUT (HDF5) from two GeoTIFFs by Wald's protocol."""
+    counts = importlib.import_module("pansharp_fast.data.simulate").simulate(pan, ms, out, **options)
+    for path, count in counts.items():
+        click.echo(f"{path}: {count} patches")

@@ -1,0 +1,63 @@
+"""State of a training run in one safetensors file, replaced in one move: a kill leaves the old one or the new one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+
+_META = "pansharp_fast"
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `content` beside `path`, flush it to the disk and move it there."""
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_state(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+    """Write tensors and JSON-able `meta` to a safetensors file."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_atomic(path, save(plain, metadata={_META: json.dumps(meta)}))
+
+
+def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and meta that `save_state` wrote.
+
+    Raises:
+        ValueError: the file is no such state.
+        OSError: it cannot be read.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            meta = (file.metadata() or {}).get(_META)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
+    if meta is None:
+        raise ValueError(f"{path}: expected the state of a training run, got safetensors without its metadata")
+    return tensors, json.loads(meta)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's tensors, named by parameter index and key."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Inverse of `optimizer_tensors`; rates and other options stay as they are."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, entry = name.split(".", 1)
+        state.setdefault(int(index), {})[entry] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,131 @@
+"""Settings of a training run: a YAML file, every key of which is a flag of the command line too."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T", bound="TrainConfig")
+
+
+def key(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
+    """A field of a configuration with its line of help."""
+    return field(default=default, metadata={"help": help}, **kwargs)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Keys that every recipe has. Paths may be relative to the working directory."""
+
+    train: str = key("PanCollection HDF5 file with gt to train on")
+    valid: str = key("PanCollection HDF5 file with gt that selects the best weights")
+    out: str = key("folder of checkpoints, logs and pictures")
+    sensor: str | None = key("sensor of the files; gives the peak", None)
+    peak: float | None = key("largest digital number, over the sensor's own", None)
+    device: str = key("torch device; empty: cuda where there is one, else cpu", "")
+    seed: int = key("seed of weights, order, orientation and dropout", 2025)
+    steps: int = key("optimiser steps of the whole run", 50_000)
+    batch_size: int = key("samples of a step, over all processes", 48)
+    augment: bool = key("random flips and rotations, with the phase of ms kept", True)
+    lr: float = key("learning rate after warm-up", 1e-4)
+    weight_decay: float = key("of AdamW", 0.01)
+    warmup: int = key("steps over which the learning rate rises from 0", 100)
+    schedule: str = key("of the learning rate after warm-up: cosine (to 0) or step", "cosine")
+    milestones: tuple[int, ...] = key("schedule step: the rate is halved at each of these steps", ())
+    clip: float = key("largest norm of the gradient; 0: no clipping", 1.0)
+    ema: float = key("decay of the weights' moving average, which is then validated and kept; 0: none", 0.0)
+    ema_start: int = key("step at which the moving average begins", 0)
+    precision: str = key("float32 or bfloat16 (autocast)", "bfloat16")
+    channels_last: bool = key("memory format of the images", True)
+    workers: int = key("processes that read samples; 0: the training process itself", 0)
+    log_every: int = key("steps between lines of log.csv", 50)
+    valid_every: int = key("steps between validations", 1000)
+    save_every: int = key("steps between saved states", 500)
+    select: str = key("measure on the validation split that selects: psnr, sam or ergas", "psnr")
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("steps", "batch_size", "log_every", "valid_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+_CHOICES = {
+    "schedule": ("cosine", "step"),
+    "precision": ("float32", "bfloat16"),
+    "select": ("psnr", "sam", "ergas"),
+}
+
+
+def field_types(config: type[TrainConfig]) -> dict[str, Any]:
+    """Key -> annotated type."""
+    hints = typing.get_type_hints(config)
+    return {f.name: hints[f.name] for f in dataclasses.fields(config)}
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`, which is one of the types that fields above use."""
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        if isinstance(value, str):
+            value = [part for part in value.split(",") if part.strip()]
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name}: expected a list, got {value!r}")
+        return tuple(_convert(name, part, item) for part in value)
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        if kind is int:
+            return int(float(value))
+        if kind is float:  # YAML reads 1e-4 as text
+            return float(value)
+        if kind is str and not isinstance(value, (str, int, float, os.PathLike)):
+            raise ValueError
+        return kind(value)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {value!r}") from None
+
+
+def load_config(config: type[T], path: str | os.PathLike[str] | None = None, **overrides: Any) -> T:
+    """Configuration from a YAML file, then `overrides`; values of None leave the file's alone.
+
+    Raises:
+        ValueError: an unknown or missing key, or a value of the wrong type.
+        OSError: the file cannot be read.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        import yaml
+
+        with open(path, encoding="utf-8") as file:
+            try:
+                loaded = yaml.safe_load(file) or {}
+            except yaml.YAMLError as error:
+                raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from error
+        if not isinstance(loaded, dict):
+            raise ValueError(f"{path}: expected key: value lines, got {type(loaded).__name__}")
+        values.update(loaded)
+    values.update({name: value for name, value in overrides.items() if value is not None})
+    kinds = field_types(config)
+    unknown = sorted(set(values) - set(kinds))
+    if unknown:
+        raise ValueError(f"configuration: expected keys among {', '.join(kinds)}, got {', '.join(map(str, unknown))}")
+    needed = [f.name for f in dataclasses.fields(config) if f.default is dataclasses.MISSING]
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise ValueError(f"configuration: expected {', '.join(needed)}, got none for {', '.join(missing)}")
+    return config(**{name: _convert(name, value, kinds[name]) for name, value in values.items()})
