@@ -91,7 +91,15 @@ def _bands(_ctx: click.Context, _param: click.Parameter, value: str | None) -> l
 @click.argument("pan", metavar="PAN.tif")
 @click.argument("ms", metavar="MS.tif")
 @click.argument("out", metavar="OUT.tif", type=click.Path())
-@click.option("--weights", default="tiny", show_default=True, help="Checkpoint file, or name of shipped weights.")
+@click.option(
+    "--weights",
+    help="Checkpoint file, or name of shipped weights  [default: tiny, and tiny-MODEL with --model].",
+)
+@click.option(
+    "--model",
+    type=click.Choice(["pancrafter", "uknow-student", "uknow-teacher"]),
+    help="Refuse weights of another network  [default: take any].",
+)
 @click.option("--peak", default=2047.0, show_default=True, help="Largest value of the sensor: 2047 for 11 bits.")
 @click.option("--bands", metavar="N,N,...", callback=_bands, help="MS bands to use, from 1 [default: all].")
 @click.option("--tile", default=512, show_default=True, help="PAN pixels that the network sees at once, a side.")
@@ -108,11 +116,42 @@ def _bands(_ctx: click.Context, _param: click.Parameter, value: str | None) -> l
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
 @click.option("--preview", metavar="PNG", type=click.Path(), help="Write a picture of the result too.")
+@click.option("--steps", type=click.IntRange(1), help="Diffusion models: steps of the sampler  [default: 25].")
+@click.option("--sampler", type=click.Choice(["ddim", "dpm++"]), help="Diffusion models  [default: ddim].")
+@click.option("--samples", type=click.IntRange(1), help="Diffusion models: results that are averaged  [default: 1].")
+@click.option("--seed", type=click.IntRange(0), help="Diffusion models: seed of the noise  [default: 0].")
+@click.option(
+    "--uncertainty",
+    metavar="OUT_unc.tif",
+    type=click.Path(),
+    help="Diffusion models: write each pixel's uncertainty too.",
+)
 @click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
-def sharpen(pan: str, ms: str, out: str, co: dict[str, str], quiet: bool, **options: Any) -> None:
+def sharpen(
+    pan: str,
+    ms: str,
+    out: str,
+    co: dict[str, str],
+    quiet: bool,
+    weights: str | None,
+    model: str | None,
+    steps: int | None,
+    sampler: str | None,
+    samples: int | None,
+    seed: int | None,
+    **options: Any,
+) -> None:
     """Sharpen the multispectral MS.tif with PAN.tif into OUT.tif, on PAN's grid."""
     from .inference import sharpen_scene
 
+    options["weights"] = weights or ("tiny" if model in (None, "pancrafter") else f"tiny-{model}")
+    options["architecture"] = model
+    given: dict[str, Any] = {"steps": steps, "sampler": sampler, "samples": samples, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given:
+        from .diffusion import Sampling
+
+        options["sampling"] = Sampling(**given)
     with _progress("sharpening", quiet) as progress:
         summary = sharpen_scene(pan, ms, out, creation_options=co, progress=progress, **options)
     if summary.largest > options["peak"]:

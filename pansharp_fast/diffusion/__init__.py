@@ -3,5 +3,6 @@
 from .noise import scene_noise
 from .sampling import SAMPLERS, Sample, sample
 from .schedule import Schedule
+from .sharpening import Sampling, sharpen_by_sampling
 
-__all__ = ["SAMPLERS", "Sample", "Schedule", "sample", "scene_noise"]
+__all__ = ["SAMPLERS", "Sample", "Sampling", "Schedule", "sample", "scene_noise", "sharpen_by_sampling"]

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..models.condition import Condition
+from ..models.fsa import Prepared
 from .schedule import Schedule
 
 if TYPE_CHECKING:
-    from ..models import Condition, FSAStudent, FSATeacher
+    from ..models import FSAStudent, FSATeacher
 
 SAMPLERS = ("ddim", "dpm++")
 
@@ -19,12 +21,14 @@ class Sample(NamedTuple):
     """Result of `sample`, each [B, C, H, W].
 
     residual: x0, to be added to lms. variance: the teacher's uncertainty at the last step, else None. drift: standard
-    deviation of the x0 estimates over the second half of the steps, a weaker sign of uncertainty that a student gives.
+    deviation of the x0 estimates over the second half of the steps, a weaker sign of uncertainty that a student gives
+    too. features: on request those of the last step (see `Prediction`).
     """
 
     residual: Tensor
     variance: Tensor | None
     drift: Tensor
+    features: tuple[Tensor, ...] | None = None
 
 
 def _scheduler(sampler: str, schedule: Schedule, steps: int) -> Any:
@@ -50,7 +54,7 @@ def _scheduler(sampler: str, schedule: Schedule, steps: int) -> Any:
 @torch.no_grad()
 def sample(
     model: FSAStudent | FSATeacher,
-    cond: Condition,
+    cond: Condition | Prepared,
     *,
     steps: int = 25,
     sampler: str = "ddim",
@@ -58,12 +62,13 @@ def sample(
     seed: int | None = None,
     released: bool = False,
     schedule: Schedule | None = None,
+    return_features: bool = False,
 ) -> Sample:
     """Draw a residual; deterministic given the noise (or the seed and the device).
 
     Args:
         model: student or teacher; should be in evaluation mode.
-        cond: its condition, see `model.condition`.
+        cond: its condition, see `model.condition`, or the result of `model.prepare` for it.
         steps: of the sampler.
         sampler: "ddim" (eta 0) or "dpm++" (DPM-Solver++, second order: good with few steps).
         noise: start [B, C, H, W]; drawn on the condition's device where None.
@@ -71,6 +76,7 @@ def sample(
         released: what the public release does: the network is told the sampler's step (steps - 1, ..., 0) instead of
             the diffusion time and gets x_t instead of its last estimate as self-condition.
         schedule: noise levels; the released one of 500 steps unless told otherwise.
+        return_features: fill `Sample.features`.
 
     Raises:
         ValueError: unknown sampler, steps outside 1..T, noise of another shape, a condition that does not fit.
@@ -81,23 +87,25 @@ def sample(
         raise ValueError(f"sampler: expected one of {SAMPLERS}, got {sampler!r}")
     if not 1 <= steps <= schedule.length:
         raise ValueError(f"steps: expected 1 to {schedule.length} (the schedule's length), got {steps}")
-    prepared = model.prepare(cond)
+    prepared = cond if isinstance(cond, Prepared) else model.prepare(cond)
     if noise is None:
-        generator = None if seed is None else torch.Generator(cond.lms.device).manual_seed(seed)
-        noise = torch.randn(cond.lms.shape, generator=generator, device=cond.lms.device, dtype=cond.lms.dtype)
-    elif noise.shape != cond.lms.shape:
-        raise ValueError(f"noise: expected {list(cond.lms.shape)}, got {list(noise.shape)}")
+        device = prepared.images.device
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        noise = torch.randn(prepared.shape, generator=generator, device=device)
+    elif tuple(noise.shape) != prepared.shape:
+        raise ValueError(f"noise: expected {list(prepared.shape)}, got {list(noise.shape)}")
     scheduler = _scheduler(sampler, schedule, steps)
     x, x0, variance = noise, None, None
-    total = squares = torch.zeros_like(noise)
+    mean = squares = torch.zeros_like(noise)
     for number, time in enumerate(scheduler.timesteps.tolist()):
         told = torch.full((x.shape[0],), steps - 1 - number if released else time, device=x.device)
-        output = model(x, told, prepared, None if released else x0)
+        wanted = return_features and number == steps - 1
+        output = model(x, told, prepared, None if released else x0, return_features=wanted)
         times = torch.full_like(told, time)
         x0, variance = schedule.to_x0(output.out, x, times, model.config.prediction), output.variance
         x = scheduler.step(x0, time, x).prev_sample
-        if number >= steps // 2:
-            total, squares = total + x0, squares + x0.square()
-    count = steps - steps // 2
-    drift = (squares / count - (total / count).square()).clamp_min(0).sqrt()
-    return Sample(x, variance, drift)
+        if number >= steps // 2:  # Welford's recurrence
+            before = x0 - mean
+            mean = mean + before / (number - steps // 2 + 1)
+            squares = squares + before * (x0 - mean)
+    return Sample(x, variance, (squares / (steps - steps // 2)).sqrt(), output.features)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from .arrays import Sharpener, SharpeningModel, sharpen
+from .arrays import Sharpener, SharpeningModel, sharpen, sharpen_with_uncertainty
 
-__all__ = ["Sharpener", "SharpeningModel", "sharpen", "sharpen_scene"]
+__all__ = ["Sharpener", "SharpeningModel", "sharpen", "sharpen_scene", "sharpen_with_uncertainty"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -13,13 +13,16 @@ from torch import Tensor
 from ..models.pancrafter import RATIO, check_pair
 from .tiles import Span, blend, plan
 
+if TYPE_CHECKING:
+    from ..diffusion import Sampling
+
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
 
 
 class SharpeningModel(Protocol):
-    """What this package asks of a model; every class of `pansharp_fast.models` offers it. `config.bands`: MS bands."""
+    """What this package asks of a model that does not sample. `config.bands`: MS bands."""
 
     config: Any
 
@@ -53,9 +56,16 @@ class Sharpener:
         peak: largest digital number the sensor can give (2047 for 11 bits).
         device: see `choose_device`.
         precision: "float32", or "bf16" for autocast to bfloat16.
+        architecture: name that the weights' architecture must have, such as "uknow-student"; None takes any.
+        sampling: how a diffusion model samples; None is `Sampling()` for such a model.
+        uncertainty: results hold as many channels more, the uncertainty of each band.
+
+    Attributes:
+        bands: MS bands. channels: of a result, `bands` or twice that.
 
     Raises:
-        ValueError: an argument is out of its range, or the weights cannot be read.
+        ValueError: an argument is out of its range, the weights cannot be read or are of another architecture, or
+            sampling or uncertainty is asked of a model that does not sample.
     """
 
     def __init__(
@@ -65,6 +75,9 @@ class Sharpener:
         peak: float = 2047,
         device: str | torch.device | None = None,
         precision: str = "float32",
+        architecture: str | None = None,
+        sampling: Sampling | None = None,
+        uncertainty: bool = False,
     ) -> None:
         if not peak > 0:
             raise ValueError(f"peak: expected a positive number, got {peak}")
@@ -78,17 +91,43 @@ class Sharpener:
         else:
             model = cast(torch.nn.Module, weights)
         self.model: Any = model.to(self.device).eval()
+        name = getattr(self.model, "architecture", type(self.model).__name__)
+        if architecture is not None and name != architecture:
+            raise ValueError(f"weights: expected those of {architecture}, got {name} (choose a file with weights)")
+        if name in ("uknow-student", "uknow-teacher"):
+            from ..diffusion import Sampling
+
+            self.sampling: Sampling | None = sampling or Sampling()
+        elif not hasattr(self.model, "sharpen"):
+            raise ValueError(f"weights: expected those of a model that sharpens by itself, got {name}")
+        elif sampling is not None or uncertainty:
+            raise ValueError(
+                f"steps, samples and uncertainty: expected weights of uknow-student or uknow-teacher, got {name}"
+            )
+        else:
+            self.sampling = None
+        self.uncertainty = uncertainty
         self.bands: int = self.model.config.bands
+        self.channels = 2 * self.bands if uncertainty else self.bands
         self.peak = float(peak)
         self.precision = precision
 
     @torch.no_grad()
-    def __call__(self, pan: Tensor, ms: Tensor) -> Tensor:
-        """Float32 pan [B,1,4h,4w] and ms [B,C,h,w], on any device, to float32 [B,C,4h,4w] on the model's device."""
+    def __call__(self, pan: Tensor, ms: Tensor, origin: tuple[int, int] = (0, 0)) -> Tensor:
+        """Float32 pan [B,1,4h,4w] and ms [B,C,h,w], on any device, to float32 [B,channels,4h,4w] on the model's device.
+
+        origin: row and column of pan's first pixel in its scene.
+        """
         dtype = PRECISIONS[self.precision]
         context = contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
         with context:
-            return self.model.sharpen(pan.to(self.device), ms.to(self.device), self.peak).float()
+            pan, ms = pan.to(self.device), ms.to(self.device)
+            if self.sampling is None:
+                return self.model.sharpen(pan, ms, self.peak).float()
+            from ..diffusion import sharpen_by_sampling
+
+            image, uncertainty = sharpen_by_sampling(self.model, pan, ms, self.peak, self.sampling, origin)
+            return torch.cat([image, uncertainty], 1) if self.uncertainty else image
 
 
 def to_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,6 +148,7 @@ def sharpen(
     overlap: int = 64,
     device: str | torch.device | None = None,
     precision: str = "float32",
+    sampling: Sampling | None = None,
 ) -> Array:
     """Sharpen multispectral images with their panchromatic ones, in memory.
 
@@ -121,6 +161,7 @@ def sharpen(
         overlap: PAN pixels that a tile reaches beyond its core on each side, a multiple of 16.
         device: where the network runs; None takes the tensors' own, and for NumPy arrays CUDA if there is any.
         precision: "float32" or "bf16".
+        sampling: how a diffusion model samples.
 
     Returns:
         [B,C,4h,4w], of the kind, the dtype and (tensors) the device of ms; integers are rounded and clipped.
@@ -130,6 +171,36 @@ def sharpen(
         ValueError: shapes disagree, the ratio is not 4, the bands are not those of the weights, a value is NaN or
             infinite, or an option is out of its range.
     """
+    options = {"weights": weights, "peak": peak, "device": device, "precision": precision, "sampling": sampling}
+    return _sharpen(pan, ms, tile, overlap, **options)[0]
+
+
+def sharpen_with_uncertainty(
+    pan: Array,
+    ms: Array,
+    *,
+    weights: str | Path | SharpeningModel,
+    peak: float = 2047,
+    tile: int | None = 512,
+    overlap: int = 64,
+    device: str | torch.device | None = None,
+    precision: str = "float32",
+    sampling: Sampling | None = None,
+) -> tuple[Array, Array]:
+    """As `sharpen`, with a diffusion model's uncertainty: a standard deviation [B,C,4h,4w] in digital numbers, float32.
+
+    What it is made of depends on model and number of samples, see `pansharp_fast.diffusion.sharpen_by_sampling`.
+
+    Raises:
+        TypeError, ValueError: as `sharpen`; also where the weights are those of a model that does not sample.
+    """
+    options = {"weights": weights, "peak": peak, "device": device, "precision": precision, "sampling": sampling}
+    image, uncertainty = _sharpen(pan, ms, tile, overlap, **options, uncertainty=True)
+    return image, uncertainty
+
+
+def _sharpen(pan: Array, ms: Array, tile: int | None, overlap: int, device: Any, **options: Any) -> list[Array]:
+    """Image of the dtype of ms and, where asked for, its uncertainty."""
     if isinstance(pan, np.ndarray) and isinstance(ms, np.ndarray):
         pan_tensor, ms_tensor = (_as_tensor(name, array) for name, array in (("pan", pan), ("ms", ms)))
     elif isinstance(pan, Tensor) and isinstance(ms, Tensor):
@@ -144,12 +215,13 @@ def sharpen(
             raise TypeError(f"{name}: expected integers or real numbers, got {tensor.dtype}")
         if not tensor.isfinite().all():
             raise ValueError(f"{name}: expected finite values, got NaN or infinity")
-    sharpener = Sharpener(weights, peak=peak, device=device, precision=precision)
+    sharpener = Sharpener(device=device, **options)
     check_pair(pan_tensor, ms_tensor, sharpener.bands)
-    result = to_dtype(_run(sharpener, pan_tensor, ms_tensor, tile, overlap), ms_tensor.dtype)
+    image, *rest = _run(sharpener, pan_tensor, ms_tensor, tile, overlap).split(sharpener.bands, 1)
+    results = [to_dtype(image, ms_tensor.dtype), *rest]
     if isinstance(ms, np.ndarray):
-        return cast(Array, result.cpu().numpy())
-    return cast(Array, result.to(ms.device))
+        return [cast(Array, result.cpu().numpy()) for result in results]
+    return [cast(Array, result.to(ms.device)) for result in results]
 
 
 def _as_tensor(name: str, array: np.ndarray) -> Tensor:
@@ -172,10 +244,11 @@ def _run(sharpener: Sharpener, pan: Tensor, ms: Tensor, tile: int | None, overla
                 row.read_start // RATIO : row.read_stop // RATIO,
                 column.read_start // RATIO : column.read_stop // RATIO,
             ].float(),
+            (row.read_start, column.read_start),
         )
         return result[..., row.written, column.written]
 
-    out = torch.empty(len(ms), sharpener.bands, height, width, device=sharpener.device)
+    out = torch.empty(len(ms), sharpener.channels, height, width, device=sharpener.device)
     for top, left, piece in blend(rows, columns, compute):
         out[..., top : top + piece.shape[-2], left : left + piece.shape[-1]] = piece
     return out

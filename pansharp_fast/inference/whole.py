@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import rasterio
@@ -16,6 +18,9 @@ from . import tiles
 from .arrays import Sharpener, SharpeningModel
 from .output import DTYPES, Output, check_target, choose_nodata
 from .scenes import Scene
+
+if TYPE_CHECKING:
+    from ..diffusion import Sampling
 
 #: GDAL's cache of blocks, MiB: holds the rows of blocks that a row of tiles reads, without growing with the scene.
 CACHE_MIB = 256
@@ -71,6 +76,9 @@ def sharpen_scene(
     device: str | torch.device | None = None,
     precision: str = "float32",
     preview: str | Path | None = None,
+    architecture: str | None = None,
+    sampling: Sampling | None = None,
+    uncertainty: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Sharpen a scene; memory is that of one tile plus a thin band of results along a row of tiles.
@@ -85,6 +93,8 @@ def sharpen_scene(
         creation_options: for GDAL's driver, such as {"COMPRESS": "ZSTD"}.
         overwrite: replace existing files.
         preview: PNG of the result to write as well.
+        architecture, sampling: see `Sharpener`.
+        uncertainty: float32 GeoTIFF of a diffusion model's uncertainty to write as well, in digital numbers.
         progress: called with (tiles done, tiles in all) after each tile.
 
     Raises:
@@ -94,17 +104,31 @@ def sharpen_scene(
     """
     start = time.perf_counter()
     out, preview = Path(out), None if preview is None else Path(preview)
+    uncertainty = None if uncertainty is None else Path(uncertainty)
     tiles.check(tile, overlap)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     check_target("OUT", out, overwrite)
     if preview is not None:
         check_target("preview", preview, overwrite)
-    for source in (pan, ms):
-        if out.exists() and Path(source).exists() and out.samefile(source):
-            raise ValueError(f"OUT: expected another file than the input, got {out}")
+    if uncertainty is not None:
+        check_target("uncertainty", uncertainty, overwrite)
+        if uncertainty.absolute() == out.absolute():
+            raise ValueError(f"uncertainty: expected another file than OUT, got {uncertainty}")
+    for name, target in (("OUT", out), ("uncertainty", uncertainty)):
+        for source in (pan, ms):
+            if target is not None and target.exists() and Path(source).exists() and target.samefile(source):
+                raise ValueError(f"{name}: expected another file than the input, got {target}")
     with rasterio.Env(GDAL_CACHEMAX=CACHE_MIB), Scene(pan, ms, bands=bands, nodata=nodata) as scene:
-        sharpener = Sharpener(weights, peak=peak, device=device, precision=precision)
+        sharpener = Sharpener(
+            weights,
+            peak=peak,
+            device=device,
+            precision=precision,
+            architecture=architecture,
+            sampling=sampling,
+            uncertainty=uncertainty is not None,
+        )
         if len(scene.bands) != sharpener.bands:
             raise ValueError(
                 f"MS: expected {sharpener.bands} bands, as the weights have, got {len(scene.bands)} in {ms} "
@@ -123,33 +147,35 @@ def sharpen_scene(
             inputs = scene.read(row, column)
             shape = row.stop - row.start, column.stop - column.start
             if inputs is None:
-                result, valid = torch.zeros(len(scene.bands), *shape), torch.zeros(shape, dtype=torch.bool)
+                result, valid = torch.zeros(sharpener.channels, *shape), torch.zeros(shape, dtype=torch.bool)
             else:
-                *images, valid = inputs
-                largest = max(largest, *(float(image.max()) for image in images))
-                result = sharpener(*images)[0, :, row.written, column.written].cpu()
+                pan_tile, ms_tile, valid = inputs
+                largest = max(largest, float(pan_tile.max()), float(ms_tile.max()))
+                origin = row.read_start, column.read_start
+                result = sharpener(pan_tile, ms_tile, origin)[0, :, row.written, column.written].cpu()
             done += 1
             if progress is not None:
                 progress(done, len(rows) * len(columns))
             return result
 
-        with Output(
-            out,
-            scene,
-            dtype=pixel,
-            nodata=value,
-            block=block,
-            cog=cog,
-            creation_options=creation_options or {},
-            preview=preview,
-        ) as output:
+        with contextlib.ExitStack() as stack:
+            options: dict[str, Any] = {"block": block, "cog": cog, "creation_options": creation_options or {}}
+            outputs = [stack.enter_context(Output(out, scene, dtype=pixel, nodata=value, preview=preview, **options))]
+            if uncertainty is not None:
+                void = None if value is None else np.nan
+                kind = np.dtype("float32")
+                outputs.append(
+                    stack.enter_context(Output(uncertainty, scene, dtype=kind, nodata=void, preview=None, **options))
+                )
             for top, left, piece in tiles.blend(rows, columns, compute):
                 holds = valid[: piece.shape[1], : piece.shape[2]]
                 held += int(holds.sum())
-                output.write(top, left, piece.numpy(), holds.numpy())
+                for output, values in zip(outputs, piece.split(sharpener.bands), strict=True):
+                    output.write(top, left, values.numpy(), holds.numpy())
             if not held:
                 raise ValueError(f"PAN and MS: expected a pixel that holds data in both, got none in {pan} and {ms}")
-            output.finish()
+            for output in outputs:
+                output.finish()
         return Summary(
             height=scene.height,
             width=scene.width,

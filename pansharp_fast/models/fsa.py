@@ -106,9 +106,9 @@ class Prediction(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What does not change over the steps of a sampling run; made by `prepare`."""
+    """What does not change over the steps of a sampling run, made by `prepare`. shape: of the residual."""
 
-    size: tuple[int, int]
+    shape: tuple[int, ...]
     images: Tensor
     downs: dict[int, Any]
     ups: dict[int, Any]
@@ -365,8 +365,7 @@ class _FSA(nn.Module):
         self._check(cond)
         padded = cond.map(self._pad)
         images = torch.cat([padded.lms, padded.pan], 1)
-        height, width = cond.lms.shape[-2:]
-        return Prepared((height, width), images, *self._prepare(padded))
+        return Prepared(tuple(cond.lms.shape), images, *self._prepare(padded))
 
     def _prepare(self, cond: Condition) -> tuple[dict[int, Any], dict[int, Any]]:
         """What the blocks in `downs` and in `ups` need, by their number there."""
@@ -398,8 +397,7 @@ class _FSA(nn.Module):
             ValueError: shapes that disagree.
         """
         prepared = self.prepare(cond) if isinstance(cond, Condition) else cond
-        size = prepared.size
-        expected = [prepared.images.shape[0], self.config.bands, *size]
+        expected = list(prepared.shape)
         for name, tensor in (("x", x), ("self_cond", x if self_cond is None else self_cond)):
             if list(tensor.shape) != expected:
                 raise ValueError(f"{name}: expected {expected} as the condition, got {list(tensor.shape)}")
@@ -427,7 +425,7 @@ class _FSA(nn.Module):
             else:
                 features.append(x)
                 x = layer(x)
-        y = self.final_conv(x)[..., : size[0], : size[1]]
+        y = self.final_conv(x)[..., : expected[2], : expected[3]]
         return self._head(y, tuple(features) if return_features else None)
 
 

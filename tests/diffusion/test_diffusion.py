@@ -9,6 +9,7 @@ from torch import nn
 
 from pansharp_fast.diffusion import Schedule, sample, scene_noise
 from pansharp_fast.models import Condition, FSAConfig, FSAStudent, Prediction
+from pansharp_fast.models.fsa import Prepared
 
 pytest.importorskip("diffusers")
 
@@ -22,9 +23,9 @@ class Recorder(nn.Module):
         self.truth, self.times, self.self_conditions = truth, [], []
 
     def prepare(self, cond):
-        return cond
+        return Prepared(tuple(cond.lms.shape), cond.lms, {}, {})
 
-    def forward(self, x, time, cond, self_cond=None):
+    def forward(self, x, time, cond, self_cond=None, return_features=False):
         self.times.append(int(time[0]))
         self.self_conditions.append(self_cond)
         schedule = Schedule()
@@ -116,7 +117,7 @@ def test_seed_decides():
 
 def test_drift_measures_the_estimates_of_the_second_half():
     class Moving(Recorder):
-        def forward(self, x, time, cond, self_cond=None):
+        def forward(self, x, time, cond, self_cond=None, return_features=False):
             super().forward(x, time, cond, self_cond)
             return Prediction(torch.full_like(x, float(len(self.times))))
 
