@@ -59,7 +59,7 @@ def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _fwd_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    return _synthesis(grad.unbind(1), ctx.level, ctx.size), *[None] * 5
+    return _library.call("wavelet_bwd", ctx.backend, *grad.unbind(1), *ctx.level, *ctx.size), *[None] * 5
 
 
 def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -67,7 +67,7 @@ def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _bwd_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    return *_analysis(grad, ctx.level).unbind(1), *[None] * 7
+    return *_library.call("wavelet_fwd", ctx.backend, grad, *ctx.level).unbind(1), *[None] * 7
 
 
 _FILTERS = "float[] taps_y, float[] taps_x, int mode_y, int mode_x, int dilation"
@@ -102,7 +102,10 @@ def _selfcheck(backend: str, device: torch.device) -> None:
 OPERATOR = register(
     Operator(
         "wavelet",
-        support={"reference": Support(("cpu", "cuda", "xpu", "mps"), FLOATING)},
+        support={
+            "cpu": Support(("cpu",), FLOATING),
+            "reference": Support(("cpu", "cuda", "xpu", "mps", "meta"), FLOATING),
+        },
         selfcheck=_selfcheck,
     )
 )
