@@ -81,6 +81,35 @@ PSF_INLINE void store(Half* p, Floats v) {
 #endif
 }
 
+// Past the caches; p is aligned to the vector.
+PSF_INLINE void stream(float* p, Floats v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(__AVX__)
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, reinterpret_cast<__m128>(v));
+#else
+  store(p, v);
+#endif
+}
+template <class T, class V>
+PSF_INLINE void stream(T* p, V v) {
+  store(p, v);
+}
+template <bool kStream, class T, class V>
+PSF_INLINE void put(T* p, V v) {
+  if constexpr (kStream)
+    stream(p, v);
+  else
+    store(p, v);
+}
+PSF_INLINE void end_of_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 PSF_INLINE float load_one(const float* p) { return *p; }
 PSF_INLINE double load_one(const double* p) { return *p; }
 PSF_INLINE float load_one(const Half* p) { return static_cast<float>(*p); }
@@ -137,13 +166,18 @@ PSF_INLINE V interleave(V a, V b, int half) {
 
 // For x in [0, n): low(x) = sum_t wl[t] src[t][x] and, where kSums is 2, high(x) = sum_t wh[t] src[t][x]. The sink
 // takes pairs of adjacent vectors, sink.pair(x, low0, low1, high0, high1) with even x, and single values, sink.one(x,
-// low, high); it may be given a pair twice. kTerms fixes the number of terms at compile time where it is not 0.
+// low, high); it may be given a pair twice. kTerms fixes the number of terms at compile time where it is not 0. The
+// lines `ahead` are brought into the cache on the way.
 template <int kSums, int kTerms, class S, class A, class Sink>
-PSF_INLINE void combine(const S* const* src, const A* wl, const A* wh, int terms, int64_t n, Sink sink) {
+PSF_INLINE void combine(const S* const* src, const A* wl, const A* wh, int terms, int64_t n, Sink sink,
+                        const S* const* ahead = nullptr, int lines_ahead = 0) {
   constexpr int kLanes = Vector<A>::lanes;
   using V = typename Vector<A>::type;
   const int count = kTerms > 0 ? kTerms : terms;
   const auto block = [&]<int kVectors>(int64_t x) __attribute__((always_inline)) {
+    for (int t = 0; t < lines_ahead; ++t)
+      for (int byte = 0; byte < kVectors * kLanes * static_cast<int>(sizeof(S)); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead[t] + x) + byte);
     V low[kVectors] = {}, high[kVectors] = {};
     for (int t = 0; t < count; ++t) {
       const S* p = src[t] + x;
@@ -177,23 +211,24 @@ PSF_INLINE void combine(const S* const* src, const A* wl, const A* wh, int terms
 
 // combine with the number of terms fixed where it is 2.
 template <int kSums, class S, class A, class Sink>
-PSF_INLINE void combine_any(const S* const* src, const A* wl, const A* wh, int terms, int64_t n, Sink sink) {
+PSF_INLINE void combine_any(const S* const* src, const A* wl, const A* wh, int terms, int64_t n, Sink sink,
+                            const S* const* ahead = nullptr, int lines_ahead = 0) {
   if (terms == 2)
-    combine<kSums, 2>(src, wl, wh, terms, n, sink);
+    combine<kSums, 2>(src, wl, wh, terms, n, sink, ahead, lines_ahead);
   else
-    combine<kSums, 0>(src, wl, wh, terms, n, sink);
+    combine<kSums, 0>(src, wl, wh, terms, n, sink, ahead, lines_ahead);
 }
 
-template <int kSums, class T, class A>
+template <int kSums, class T, class A, bool kStream = false>
 struct Store {
   using V = typename Vector<A>::type;
   T *low, *high;
   void pair(int64_t x, V low0, V low1, V high0, V high1) const {
-    store(low + x, low0);
-    store(low + x + Vector<A>::lanes, low1);
+    put<kStream>(low + x, low0);
+    put<kStream>(low + x + Vector<A>::lanes, low1);
     if constexpr (kSums == 2) {
-      store(high + x, high0);
-      store(high + x + Vector<A>::lanes, high1);
+      put<kStream>(high + x, high0);
+      put<kStream>(high + x + Vector<A>::lanes, high1);
     }
   }
   void one(int64_t x, A l, A h) const {
@@ -220,17 +255,17 @@ struct Split {
 };
 
 // Two taps along W, straight from the registers: even and odd sample give one coefficient of each band.
-template <class S, class A>
+template <class S, class A, bool kStream>
 struct TwoTaps {
   using V = typename Vector<A>::type;
   S* bands[4];
   A low[2], high[2];  // filters
   void pair(int64_t x, V low0, V low1, V high0, V high1) const {
     const V le = evens(low0, low1), lo = odds(low0, low1), he = evens(high0, high1), ho = odds(high0, high1);
-    store(bands[0] + x / 2, low[0] * lo + low[1] * le);
-    store(bands[1] + x / 2, low[0] * ho + low[1] * he);
-    store(bands[2] + x / 2, high[0] * lo + high[1] * le);
-    store(bands[3] + x / 2, high[0] * ho + high[1] * he);
+    put<kStream>(bands[0] + x / 2, low[0] * lo + low[1] * le);
+    put<kStream>(bands[1] + x / 2, low[0] * ho + low[1] * he);
+    put<kStream>(bands[2] + x / 2, high[0] * lo + high[1] * le);
+    put<kStream>(bands[3] + x / 2, high[0] * ho + high[1] * he);
   }
   void two(int64_t i, A le, A lo, A he, A ho) const {
     store_one(bands[0] + i, low[0] * lo + low[1] * le);
@@ -247,16 +282,16 @@ struct TwoTaps {
 };
 
 // Even and odd samples side by side.
-template <class T, class A>
+template <class T, class A, bool kStream>
 struct Join {
   using V = typename Vector<A>::type;
   T* out;
   void pair(int64_t x, V even0, V even1, V odd0, V odd1) const {
     constexpr int kLanes = Vector<A>::lanes;
-    store(out + 2 * x, interleave(even0, odd0, 0));
-    store(out + 2 * x + kLanes, interleave(even0, odd0, 1));
-    store(out + 2 * x + 2 * kLanes, interleave(even1, odd1, 0));
-    store(out + 2 * x + 3 * kLanes, interleave(even1, odd1, 1));
+    put<kStream>(out + 2 * x, interleave(even0, odd0, 0));
+    put<kStream>(out + 2 * x + kLanes, interleave(even0, odd0, 1));
+    put<kStream>(out + 2 * x + 2 * kLanes, interleave(even1, odd1, 0));
+    put<kStream>(out + 2 * x + 3 * kLanes, interleave(even1, odd1, 1));
   }
   void one(int64_t x, A even, A odd) const {
     store_one(out + 2 * x, even);
@@ -275,7 +310,7 @@ struct Scratch {
   }
 };
 
-template <class S, class A>
+template <class S, class A, bool kStream>
 static void analyse(const Analysis& call, int64_t begin, int64_t end, void* memory) {
   const Line& line = call.line;
   const Rows& vertical = call.vertical;
@@ -289,17 +324,19 @@ static void analyse(const Analysis& call, int64_t begin, int64_t end, void* memo
   A* lines[2] = {scratch.take<A>(line.size), scratch.take<A>(line.size)};
   const bool halves = line.step == 2;
   const int64_t half = halves ? line.size / 2 : 0;  // odd samples of a line stand behind the even ones
-  const auto at = [&](A* e, int64_t position) -> A& {
-    return halves ? e[(position % 2) * half + position / 2] : e[position];
-  };
+  const auto place = [&](int64_t position) { return halves ? (position % 2) * half + position / 2 : position; };
+  int64_t *border_to = scratch.take<int64_t>(line.borders), *border_from = scratch.take<int64_t>(line.borders);
+  for (int64_t b = 0; b < line.borders; ++b) {
+    border_to[b] = place(line.position[b]);
+    border_from[b] = place(line.left + line.index[b]);
+  }
   for (A* e : lines)
     for (int64_t i = 0; i < line.size; ++i) e[i] = 0;
 
   int terms = 0;
   for (int64_t k = 0; k < line.taps; ++k) {
     if (f[k] == A(0) && g[k] == A(0)) continue;
-    const int64_t from = line.first - line.dilation * k;
-    const int64_t shift = halves ? (from % 2) * half + from / 2 : from;
+    const int64_t shift = place(line.first - line.dilation * k);
     for (int which = 0; which < 2; ++which) sources[which * line.taps + terms] = lines[which] + shift;
     wl[terms] = f[k];
     wh[terms++] = g[k];
@@ -314,10 +351,20 @@ static void analyse(const Analysis& call, int64_t begin, int64_t end, void* memo
     const int entries = static_cast<int>(vertical.start[i + 1] - at_row);
     for (int t = 0; t < entries; ++t) rows[t] = plane + vertical.index[at_row + t] * call.x.row;
     const A *row_low = low + at_row, *row_high = high + at_row;
+    // The rows that the result's row after the next one is the first to need.
+    const S* ahead[2];
+    int lines_ahead = 0;
+    if (row + 2 < end) {
+      const int64_t later = (i + 2) % call.rows, from = vertical.start[later];
+      const S* later_plane = plane + (i + 2) / call.rows * call.x.plane;
+      for (; lines_ahead < line.step && from + lines_ahead < vertical.start[later + 1]; ++lines_ahead)
+        ahead[lines_ahead] = later_plane + vertical.index[from + lines_ahead] * call.x.row;
+    }
 
     if (halves && line.taps == 2) {
-      const TwoTaps<S, A> sink{{out, out + band, out + 2 * band, out + 3 * band}, {f[0], f[1]}, {g[0], g[1]}, 0, 0};
-      combine_any<2>(rows, row_low, row_high, entries, line.n, sink);
+      const TwoTaps<S, A, kStream> sink{
+          {out, out + band, out + 2 * band, out + 3 * band}, {f[0], f[1]}, {g[0], g[1]}, 0, 0};
+      combine_any<2>(rows, row_low, row_high, entries, line.n, sink, ahead, lines_ahead);
       if (line.n % 2) {  // the last sample meets the border
         A edge[4] = {};
         const auto sum = [&](int64_t x, A weight, A* pair) {
@@ -337,22 +384,21 @@ static void analyse(const Analysis& call, int64_t begin, int64_t end, void* memo
     if (halves) {
       const int64_t to = line.left / 2;
       const Split<A> sink{lines[0] + to, lines[0] + half + to, lines[1] + to, lines[1] + half + to};
-      combine_any<2>(rows, row_low, row_high, entries, line.n, sink);
+      combine_any<2>(rows, row_low, row_high, entries, line.n, sink, ahead, lines_ahead);
     } else {
       const Store<2, A, A> sink{lines[0] + line.left, lines[1] + line.left};
-      combine_any<2>(rows, row_low, row_high, entries, line.n, sink);
+      combine_any<2>(rows, row_low, row_high, entries, line.n, sink, ahead, lines_ahead);
     }
     for (A* e : lines) {
-      for (int64_t b = 0; b < line.borders; ++b) at(e, line.position[b]) = 0;
-      for (int64_t b = 0; b < line.borders; ++b)
-        at(e, line.position[b]) += border[b] * at(e, line.left + line.index[b]);
+      for (int64_t b = 0; b < line.borders; ++b) e[border_to[b]] = 0;
+      for (int64_t b = 0; b < line.borders; ++b) e[border_to[b]] += border[b] * e[border_from[b]];
     }
-    combine_any<2>(sources, wl, wh, terms, line.count, Store<2, S, A>{out, out + 2 * band});
-    combine_any<2>(sources + line.taps, wl, wh, terms, line.count, Store<2, S, A>{out + band, out + 3 * band});
+    combine_any<2>(sources, wl, wh, terms, line.count, Store<2, S, A, kStream>{out, out + 2 * band});
+    combine_any<2>(sources + line.taps, wl, wh, terms, line.count, Store<2, S, A, kStream>{out + band, out + 3 * band});
   }
 }
 
-template <class S, class A>
+template <class S, class A, bool kStream>
 static void synthesise(const Synthesis& call, int64_t begin, int64_t end, void* memory) {
   const Line& line = call.line;
   const Rows& vertical = call.vertical;
@@ -431,10 +477,10 @@ static void synthesise(const Synthesis& call, int64_t begin, int64_t end, void* 
     else
       target = wide;
     if (halves) {
-      combine_any<2>(inner, wl, wh, terms, line.n / 2, Join<A, A>{target});
+      combine_any<2>(inner, wl, wh, terms, line.n / 2, Join<A, A, kStream>{target});
       if (line.n % 2) target[line.n - 1] = sample(line.left + line.n - 1);
     } else {
-      combine_any<1>(inner, wl, wh, terms, line.n, Store<1, A, A>{target, {}});
+      combine_any<1>(inner, wl, wh, terms, line.n, Store<1, A, A, kStream>{target, {}});
     }
     for (int64_t b = 0; b < line.borders; ++b) target[line.index[b]] += border[b] * sample(line.position[b]);
     if constexpr (sizeof(S) != sizeof(A)) {
@@ -450,26 +496,34 @@ static void synthesise(const Synthesis& call, int64_t begin, int64_t end, void* 
 void wavelet_analysis(const Analysis& call, int64_t begin, int64_t end, void* scratch) {
   switch (call.element) {
     case Element::f32:
-      return analyse<float, float>(call, begin, end, scratch);
+      if (call.stream) {
+        analyse<float, float, true>(call, begin, end, scratch);
+        return end_of_streams();
+      }
+      return analyse<float, float, false>(call, begin, end, scratch);
     case Element::f64:
-      return analyse<double, double>(call, begin, end, scratch);
+      return analyse<double, double, false>(call, begin, end, scratch);
     case Element::bf16:
-      return analyse<BFloat16, float>(call, begin, end, scratch);
+      return analyse<BFloat16, float, false>(call, begin, end, scratch);
     case Element::f16:
-      return analyse<Half, float>(call, begin, end, scratch);
+      return analyse<Half, float, false>(call, begin, end, scratch);
   }
 }
 
 void wavelet_synthesis(const Synthesis& call, int64_t begin, int64_t end, void* scratch) {
   switch (call.element) {
     case Element::f32:
-      return synthesise<float, float>(call, begin, end, scratch);
+      if (call.stream) {
+        synthesise<float, float, true>(call, begin, end, scratch);
+        return end_of_streams();
+      }
+      return synthesise<float, float, false>(call, begin, end, scratch);
     case Element::f64:
-      return synthesise<double, double>(call, begin, end, scratch);
+      return synthesise<double, double, false>(call, begin, end, scratch);
     case Element::bf16:
-      return synthesise<BFloat16, float>(call, begin, end, scratch);
+      return synthesise<BFloat16, float, false>(call, begin, end, scratch);
     case Element::f16:
-      return synthesise<Half, float>(call, begin, end, scratch);
+      return synthesise<Half, float, false>(call, begin, end, scratch);
   }
 }
 

@@ -49,6 +49,7 @@ struct Analysis {
   int64_t rows;
   Rows vertical;
   Line line;
+  bool stream;  // float32 results go past the caches: every row of them is aligned to 128 bytes
 };
 
 // bands of [N, H', line.count] -> x [N, rows, line.n], dense. vertical.index holds rows of the bands.
@@ -59,6 +60,7 @@ struct Synthesis {
   int64_t rows;
   Rows vertical;
   Line line;
+  bool stream;  // float32 results go past the caches: every row of them is aligned to 128 bytes
 };
 
 }  // namespace psf::wavelet

@@ -5,6 +5,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -159,7 +163,7 @@ class Horizontal {
 size_t scratch_bytes(const Line& line, const Rows& vertical) {
   const int64_t reach = line.first + line.dilation * line.taps + 2;
   const int64_t lines = 2 * (line.count + line.size + 2 * reach) + line.n;
-  return static_cast<size_t>(8 * (lines + 6 * vertical.most + 8 * (line.taps + 2)) + 16 * 64);
+  return static_cast<size_t>(8 * (lines + 6 * vertical.most + 8 * (line.taps + 2) + 2 * line.borders) + 16 * 64);
 }
 
 template <class Call>
@@ -171,6 +175,28 @@ void run(const Call& call, int64_t planes, void (*rows)(const Call&, int64_t, in
     char* aligned = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
     rows(call, begin, end, aligned);
   });
+}
+
+// A result this big comes fresh from the kernel at every call (glibc returns blocks above its largest mmap threshold,
+// 32 MiB, at once): huge pages then cost far less than page faults, and caches cannot hold it.
+bool is_big(const Tensor& result) { return result.numel() * result.element_size() >= int64_t{32} << 20; }
+
+void prefer_huge_pages(const Tensor& result) {
+#ifdef __linux__
+  if (!is_big(result)) return;
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
+  const uintptr_t end = begin + result.numel() * result.element_size();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), (end - first) / kPage * kPage, MADV_HUGEPAGE);
+#else
+  (void)result;
+#endif
+}
+
+bool may_stream(const Tensor& result, int64_t width) {
+  return is_big(result) && width * result.element_size() % 128 == 0 &&
+         reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) % 64 == 0;
 }
 
 Tensor with_adjacent_columns(const Tensor& x) {
@@ -196,7 +222,9 @@ Tensor wavelet_fwd(const Tensor& x, std::vector<double> taps_y, std::vector<doub
   const Horizontal horizontal(taps_x, mode_x, x.size(2), dilation, type);
   const Line line = horizontal.line();
   Tensor y = torch::stable::new_empty(x, {x.size(0), 4, rows, line.count});
-  const Analysis call{type, plane(source), y.mutable_data_ptr(), rows, vertical.rows(), line};
+  prefer_huge_pages(y);
+  const bool stream = may_stream(y, line.count) && (line.step == 1 || line.n == 2 * line.count);
+  const Analysis call{type, plane(source), y.mutable_data_ptr(), rows, vertical.rows(), line, stream};
   run<Analysis>(call, x.size(0), [](const Analysis& c, int64_t begin, int64_t end, void* scratch) {
     PSF_DISPATCH(wavelet_analysis, c, begin, end, scratch);
   });
@@ -221,12 +249,14 @@ Tensor wavelet_bwd(const Tensor& a, const Tensor& h, const Tensor& v, const Tens
     bands.push_back(with_adjacent_columns(*band));
   }
   Tensor x = torch::stable::new_empty(a, {a.size(0), height, width});
+  prefer_huge_pages(x);
   const Synthesis call{type,
                        {plane(bands[0]), plane(bands[1]), plane(bands[2]), plane(bands[3])},
                        x.mutable_data_ptr(),
                        height,
                        vertical.rows(),
-                       line};
+                       line,
+                       may_stream(x, width) && line.borders == 0};
   run<Synthesis>(call, a.size(0), [](const Synthesis& c, int64_t begin, int64_t end, void* scratch) {
     PSF_DISPATCH(wavelet_synthesis, c, begin, end, scratch);
   });

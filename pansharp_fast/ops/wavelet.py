@@ -7,6 +7,7 @@ gradient, so derivatives of any order stay on the same kernels.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -135,13 +136,22 @@ def _synthesis(
 @torch.compiler.assume_constant_result
 def _filters(wavelet: Any, bank: str) -> list[float]:
     """Low-pass then high-pass taps of the analysis ("dec") or time-reversed synthesis ("rec") filters, unscaled."""
+    return list(_named_filters(wavelet, bank) if isinstance(wavelet, str) else _bank(wavelet, bank))
+
+
+@functools.cache
+def _named_filters(name: str, bank: str) -> tuple[float, ...]:
     import pywt
 
-    if isinstance(wavelet, str):
-        try:
-            wavelet = pywt.Wavelet(wavelet)
-        except ValueError:
-            raise ValueError(f"wavelet: expected a name of pywt.wavelist(kind='discrete'), got {wavelet!r}") from None
+    try:
+        return _bank(pywt.Wavelet(name), bank)
+    except ValueError:
+        raise ValueError(f"wavelet: expected a name of pywt.wavelist(kind='discrete'), got {name!r}") from None
+
+
+def _bank(wavelet: Any, bank: str) -> tuple[float, ...]:
+    import pywt
+
     if not isinstance(wavelet, pywt.Wavelet):
         raise TypeError(f"wavelet: expected a name or a pywt.Wavelet, got {type(wavelet).__name__}")
     if bank == "dec":
@@ -150,7 +160,7 @@ def _filters(wavelet: Any, bank: str) -> list[float]:
         low, high = wavelet.rec_lo[::-1], wavelet.rec_hi[::-1]
     if len(low) != len(high) or len(low) % 2:
         raise ValueError(f"wavelet: expected filters of one even length, got {len(low)} and {len(high)}")
-    return [float(tap) for tap in (*low, *high)]
+    return (*low, *high)
 
 
 def _pair(name: str, value: Any) -> tuple[Any, Any]:
@@ -164,6 +174,8 @@ def _pair(name: str, value: Any) -> tuple[Any, Any]:
 
 def _both_filters(wavelet: Any, bank: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
     first, second = (_filters(each, bank) for each in _pair("wavelet", wavelet))
+    if scale == 1.0:
+        return first, second
     return [scale * tap for tap in first], [scale * tap for tap in second]
 
 
