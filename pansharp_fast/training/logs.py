@@ -19,22 +19,34 @@ class _CsvLog:
     """Appends rows to a CSV file; on resuming, rows of steps that will run again are dropped first."""
 
     def __init__(self, path: Path, step: int) -> None:
-        self._writer: csv.DictWriter[str] | None = None
-        rows: list[dict[str, str]] = []
+        self._columns: list[str] = []
+        self._rows: list[dict[str, Any]] = []
         if path.exists() and step > 0:
             with open(path, newline="", encoding="utf-8") as file:
                 # A kill may have cut the last row short.
-                rows = [row for row in csv.DictReader(file) if None not in row.values() and int(row["step"]) <= step]
+                whole = (row for row in csv.DictReader(file) if None not in row.values())
+                self._rows = [row for row in whole if int(row["step"]) <= step]
         self._file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        for row in rows:
-            self.write(row)
+        if self._rows:
+            self._begin(list(self._rows[0]))
+
+    def _begin(self, columns: list[str]) -> None:
+        """Write everything so far under these columns."""
+        self._columns = columns
+        self._file.seek(0)
+        self._file.truncate()
+        self._writer = csv.DictWriter(self._file, columns, extrasaction="ignore")
+        self._writer.writeheader()
+        self._writer.writerows(self._rows)
+        self._file.flush()
 
     def write(self, row: dict[str, Any]) -> None:
-        if self._writer is None:
-            self._writer = csv.DictWriter(self._file, list(row))
-            self._writer.writeheader()
-        self._writer.writerow(row)
-        self._file.flush()
+        self._rows.append(row)
+        if list(row) != self._columns:  # the first row, or one after resuming with other settings
+            self._begin(list(row))
+        else:
+            self._writer.writerow(row)
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()
