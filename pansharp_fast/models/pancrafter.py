@@ -146,17 +146,21 @@ def preset(name: str, **changes: Any) -> PANCrafterConfig:
     return PANCrafterConfig(**{**PRESETS[name], **changes})
 
 
-class LayerNorm(nn.Module):
+def _channel_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Layer norm over the channels of [B, C, H, W]; free of copies where the memory is channels_last."""
+    return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], weight, bias, eps=1e-6).permute(0, 3, 1, 2)
 
-    def __init__(self, channels: int, affine: bool = True, eps: float = 1e-6) -> None:
+
+class LayerNorm(nn.Module):
+    """Layer norm over the channels of each pixel of [B, C, H, W]."""
+
+    def __init__(self, channels: int, affine: bool = True) -> None:
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        return _channel_norm(x, self.weight, self.bias)
 
 
 def _norm(config: PANCrafterConfig, channels: int) -> nn.Module:
@@ -177,6 +181,18 @@ def _pair(values: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def _modulated(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """norm(x)·(1 + scale) + shift with scale and shift [B, C, 1, 1]."""
+    if len(x) > 1:
+        return norm(x) * (1 + scale) + shift
+    # One sample: the same in one pass over the features, the modulation folded into the norm's own affine map.
+    scale, shift = (1 + scale).flatten(), shift.flatten()
+    weight, bias = norm.weight * scale, norm.bias * scale + shift  # type: ignore[operator]
+    if isinstance(norm, nn.GroupNorm):
+        return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+    return _channel_norm(x, weight, bias)
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions, the second one modulated by the mode (eq. 5 and 6). [B, C_in, H, W] -> [B, C_out, H, W]."""
 
@@ -193,7 +209,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         scale, shift = _pair(self.emb_layers(c))
         norm, *rest = self.out_layers
-        out = norm(self.in_layers(x)) * (1 + scale) + shift
+        out = _modulated(norm, self.in_layers(x), scale, shift)
         for layer in rest:
             out = layer(out)
         return out + self.skip_connection(x)
