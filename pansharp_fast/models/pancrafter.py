@@ -320,6 +320,8 @@ class PANCrafter(nn.Module):
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)  # type: ignore[arg-type]
         self.output = nn.Sequential(_norm(config, widths[0]), nn.SiLU(), head)
+        # Convolutions hand the layout of their weights on to the features; this one is the faster on CPUs and GPUs.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pan: Tensor, lpan: Tensor, ms: Tensor, mode: Tensor) -> Tensor:
         """The network's own output, without the up-sampled image that `sharpen` adds.
@@ -347,7 +349,7 @@ class PANCrafter(nn.Module):
             x = torch.cat([pan, up_ms], 1)
         if config.stem_stride > 1:
             x = F.pixel_unshuffle(x, config.stem_stride)
-        x = self.input(x.contiguous(memory_format=torch.channels_last))
+        x = self.input(x)
 
         conditions = {}
         for scale in config.attention_scales:

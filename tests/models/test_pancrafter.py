@@ -65,6 +65,20 @@ def test_golden_network(golden, keys):
         close(model(inputs["pan"], inputs["lpan"], inputs["ms"], inputs["s"]), out[keys])
 
 
+def test_layout_follows_the_weights():
+    """channels_last from the first features on, unless the weights are put into another layout."""
+    seen = []
+    model = randomised(small("released"))
+    model.encoder1[-1].register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    arguments = (*images(8, 8), torch.ones(1))
+    with torch.no_grad():
+        last = model(*arguments)
+        first = model.to(memory_format=torch.contiguous_format)(*arguments)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert seen[1].is_contiguous()
+    close(first, last)
+
+
 def test_golden_variants_differ(golden):
     _, _, _, out = load(golden / "pancrafter.npz")
     assert (out["released"] - out["aligned"]).abs().max() > 1e-3 * out["aligned"].abs().max()
