@@ -24,6 +24,7 @@ from .scenes import Scene
 #: Pixel types of the output.
 DTYPES = ("uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
 PREVIEW_SIDE = 1024
+GAMMA = 0.7
 
 
 def check_target(name: str, path: Path, overwrite: bool) -> None:
@@ -180,14 +181,16 @@ def natural_colours(dataset: DatasetReader) -> tuple[int, int, int]:
     return (3, 2, 1) if dataset.count >= 3 else (1, 1, 1)
 
 
-def stretch(image: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """[C,H,W] as 8 bits, each band's 2nd to 98th percentile stretched over the range; invalid pixels are black."""
-    out = np.zeros(image.shape, np.uint8)
-    for band, target in zip(image, out, strict=True):
-        if valid.any():
-            low, high = np.percentile(band[valid], (2, 98))
-            target[valid] = (255 * ((band[valid] - low) / max(high - low, 1e-6)).clip(0, 1)).round()
-    return out
+def percentiles(image: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """2nd and 98th percentile of each band of [C,H,W] over the valid pixels, of which there must be some: [2,C]."""
+    return np.percentile(image[:, valid], (2, 98), axis=1)
+
+
+def stretch(image: NDArray[np.float32], valid: NDArray[np.bool_], limits: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """[C,H,W] as 8 bits, each band's two `limits` [2,C] at 0 and 255, dark tones lifted; invalid pixels are black."""
+    low, high = limits[..., None, None]
+    scaled = ((image - low) / np.maximum(high - low, 1e-6)).clip(0, 1) ** GAMMA * 255
+    return np.where(valid, scaled, 0).round().astype(np.uint8)
 
 
 def write_preview(dataset: DatasetReader, path: Path) -> None:
@@ -199,4 +202,6 @@ def write_preview(dataset: DatasetReader, path: Path) -> None:
     bands = natural_colours(dataset)
     image = dataset.read(bands, out_shape=(3, *shape), resampling=Resampling.average).astype(np.float32)
     valid = dataset.read_masks(bands[0], out_shape=shape) != 0
-    imsave(path, np.ascontiguousarray(stretch(image, valid).transpose(1, 2, 0)))
+    if valid.any():  # a small share of pixels with data may vanish in the reduced picture
+        image = stretch(image, valid, percentiles(image, valid))
+    imsave(path, np.ascontiguousarray(image.transpose(1, 2, 0).astype(np.uint8)))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import pansharp_fast
+from pansharp_fast.models import PANCrafter, load_model, preset, save_model
 
 from .local_model import LocalModel
 
@@ -97,3 +98,11 @@ def test_bad_input(change, error, message):
             options["ms"] = torch.from_numpy(ms)
     with pytest.raises(error, match=message):
         pansharp_fast.sharpen(options.pop("pan"), options.pop("ms"), **options)
+
+
+@pytest.mark.parametrize("padding", range(0, 260, 8))
+def test_weights_of_any_header_length_are_read(tmp_path, padding):
+    """The first byte of a safetensors file is part of a length, and may look like the start of a pickled file."""
+    model = PANCrafter(preset("tiny", hidden_sizes=(4, 4), depth=(1, 1), attention_scales=(), num_heads=1))
+    save_model(tmp_path / "model.safetensors", model, {"note": "x" * padding})
+    assert load_model(tmp_path / "model.safetensors").config == model.config
