@@ -91,6 +91,16 @@ def _triton_reason(interpret: bool) -> str | None:
     return None
 
 
+def traced_as_constant(function: Any) -> Any:
+    """Decorator: torch.compile calls `function` while tracing and keeps the result.
+
+    What `torch.compiler.assume_constant_result` does, without importing the compiler for that.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@traced_as_constant
 def unavailable(backend: str) -> str | None:
     """Why `backend` cannot run anything in this process, or None."""
     if backend == "reference":

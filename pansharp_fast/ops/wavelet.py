@@ -17,7 +17,7 @@ import torch
 
 from ..reference import wavelet as reference
 from . import _library
-from ._backends import FLOATING, Operator, Support, register, select
+from ._backends import FLOATING, Operator, Support, register, select, traced_as_constant
 
 MODES = reference.MODES
 #: One level of coefficients: (cH, cV, cD), or the same three stacked [..., 3, H', W'].
@@ -133,7 +133,7 @@ def _synthesis(
 # ---- Arguments -------------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
+@traced_as_constant
 def _filters(wavelet: Any, bank: str) -> list[float]:
     """Low-pass then high-pass taps of the analysis ("dec") or time-reversed synthesis ("rec") filters, unscaled."""
     return list(_named_filters(wavelet, bank) if isinstance(wavelet, str) else _bank(wavelet, bank))

@@ -123,7 +123,7 @@ def test_wavelet_mode_and_axes_per_axis(backend: str) -> None:
 @backends
 @pytest.mark.parametrize(
     ("wavelet", "mode", "shape", "levels"),
-    [("db2", "symmetric", (2, 33, 50), None), ("haar", "zero", (37, 21), 3), ("bior2.2", "periodization", (24, 19), 2)],
+    [("db2", "symmetric", (2, 33, 50), None), ("haar", "zero", (37, 21), 3), ("bior1.3", "periodization", (24, 22), 2)],
 )
 def test_wavedec2_and_waverec2_are_pywavelets(
     backend: str, wavelet: str, mode: str, shape: tuple[int, ...], levels: int | None
@@ -271,17 +271,17 @@ def test_error_is_that_of_plain_pytorch(backend: str, wavelet: str, mode: str, d
         assert _error(actual, exact) <= 3 * max(plain, floor)
 
 
-@backends
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 @each_mode
 def test_gradients(backend: str, mode: str) -> None:
     require(backend, mode)
     one = level("db2", mode, 2 if mode == "stationary" else 1)
-    x = random(1, 4, 5).requires_grad_()
+    x = random(1, 3, 4).requires_grad_()
     assert gradcheck(lambda t: _analysis(t, one, backend), x)
     assert gradgradcheck(lambda t: _analysis(t, one, backend).square(), x)
     bands = [b.detach().requires_grad_() for b in _analysis(x, one, backend).unbind(1)]
-    assert gradcheck(lambda *b: _synthesis(b, one, (4, 5), backend), bands)
-    assert gradgradcheck(lambda *b: _synthesis(b, one, (4, 5), backend).square(), bands)
+    assert gradcheck(lambda *b: _synthesis(b, one, (3, 4), backend), bands)
+    assert gradgradcheck(lambda *b: _synthesis(b, one, (3, 4), backend).square(), bands)
 
 
 @backends
@@ -367,9 +367,9 @@ def test_index_arithmetic_beyond_32_bits(backend: str, tmp_path: Any) -> None:
     one = level("db2", "symmetric")
     expected = _analysis(x.contiguous(), one, "reference")
     torch.testing.assert_close(_analysis(x, one, backend), expected)
-    bands = [storage.as_strided((2, 6, 7), (plane, rows, 1), 13 * 0 + b) for b in range(1)]
-    bands[0].copy_(expected[:, 0])
-    four = [bands[0], *expected.unbind(1)[1:]]
+    far = storage.as_strided((2, 6, 7), (plane, rows, 1))
+    far.copy_(expected[:, 0])
+    four = [far, *expected.unbind(1)[1:]]
     torch.testing.assert_close(
         _synthesis(four, one, (10, 12), backend), _synthesis(expected.unbind(1), one, (10, 12), "reference")
     )
@@ -401,7 +401,8 @@ def test_opcheck(backend: str, mode: str) -> None:
     torch.library.opcheck(getattr(torch.ops.pansharp_fast, f"wavelet_bwd{suffix}").default, (*bands, *one, 6, 8))
 
 
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("backend", [None, *COMPILED])
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiles_as_one_graph(backend: str | None) -> None:
     def f(x: torch.Tensor) -> torch.Tensor:
         coeffs = wavedec2(x, "db2", level=2, backend=backend)
