@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -254,3 +255,59 @@ def simulate(pan: str, ms: str, out: str, **options: Any) -> None:
     counts = importlib.import_module("pansharp_fast.data.simulate").simulate(pan, ms, out, **options)
     for path, count in counts.items():
         click.echo(f"{path}: {count} patches")
+
+
+def _baselines(_ctx: click.Context, _param: click.Parameter, value: str) -> list[str]:
+    known = list(importlib.import_module("pansharp_fast.baselines").BASELINES)
+    names = {"all": known, "none": []}.get(value, value.split(","))
+    for name in names:
+        if name not in known:
+            raise click.BadParameter(f"expected all, none or some of {','.join(known)}, got {name!r}")
+    return names
+
+
+@main.command()
+@click.option("--data", metavar="FILE.h5", type=click.Path(), help="PanCollection HDF5 file; or give --pan and --ms.")
+@click.option("--pan", metavar="PAN.tif", help="PAN raster, cut into crops that count as scenes.")
+@click.option("--ms", metavar="MS.tif", help="MS raster that belongs to it.")
+@click.option("--out", metavar="DIR", required=True, type=click.Path(file_okay=False), help="Folder of the report.")
+@click.option("--sensor", required=True, help="WV2, WV3, WV4, QB, GF2, IKONOS, GeoEye1 or default.")
+@click.option("--model", "models", multiple=True, help="Checkpoint file, or name of shipped weights; repeatable.")
+@click.option("--baselines", default="EXP", show_default=True, callback=_baselines, help="all, none or names: A,B,...")
+@click.option(
+    "--protocol",
+    "protocols",
+    multiple=True,
+    type=click.Choice(["reduced", "full"]),
+    help="Against ground truth, or without [default: what the data offers].",
+)
+@click.option("--peak", type=float, help="Largest value [default: the sensor's].")
+@click.option("--cut", default=21, show_default=True, help="Border pixels left out at reduced resolution.")
+@click.option("--crop", type=int, help="Side of a crop of PAN [default: 1024 reduced, 512 full].")
+@click.option("--nodata", type=float, help="Value without data where a raster declares none.")
+@click.option("--max-scenes", type=click.IntRange(1), help="Scenes of each protocol at most.")
+@click.option("--pictures", "pictures_of", default=3, show_default=True, help="Scenes of each protocol to show.")
+@click.option("--shift-test", is_flag=True, help="Measure under known PAN/MS shifts of 0 to 4 pixels, too.")
+@click.option("--shift-scenes", default=4, show_default=True, type=click.IntRange(1), help="Scenes of the shift test.")
+@click.option(
+    "--published", help="Compare with the papers' numbers for WV3, GF2, QB, WV2, or none [default: if known]."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace results of other settings in DIR.")
+@click.option("--quiet", is_flag=True, help="No progress bar, no tables.")
+def evaluate(out: str, shift_test: bool, shift_scenes: int, quiet: bool, **options: Any) -> None:
+    """Measure models and classical methods; write tables, pictures and a page to DIR.
+
+    The same call again goes on where the last one stopped.
+    """
+    from .evaluation import evaluate as run
+    from .evaluation.report import tables
+
+    with _progress("evaluating", quiet) as progress:
+        found = run(out, shift_scenes=shift_scenes if shift_test else 0, progress=progress, **options)
+    for line in found["undefined"]:
+        click.echo(f"Warning: {line}", err=True)
+    if not quiet:
+        click.echo(tables(found))
+        click.echo(f"Report: {Path(out) / 'report.html'}")

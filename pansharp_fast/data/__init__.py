@@ -1,7 +1,7 @@
 """Reading, simulating and describing image pairs."""
 
 from .mtf import decimate, degrade, mtf_filter, mtf_kernel
-from .resample import imresize, interp23, lpan
+from .resample import imresize, interp23, lpan, shift
 from .sensors import SENSORS, Sensor, get_sensor
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "lpan",
     "mtf_filter",
     "mtf_kernel",
+    "shift",
 ]

@@ -147,3 +147,33 @@ def lpan(pan: torch.Tensor, ratio: int = 4) -> torch.Tensor:
         padded = out.index_select(dim, reach.clamp(0, n - 1))
         out = F.conv2d(padded, kernel, stride=(ratio, 1) if dim == 2 else (1, ratio))
     return out.view(*pan.shape[:2], height // ratio, width // ratio)
+
+
+def shift(x: torch.Tensor, dy: float, dx: float) -> torch.Tensor:
+    """Move an image's content by fractions of a pixel: down by `dy`, right by `dx`.
+
+    A phase ramp in the Fourier domain of the image mirrored at its borders: nothing below Nyquist is damped, and what
+    moves in from outside is the mirror image. Whole pixels are exact. Differentiable.
+
+    Args:
+        x: [B, C, H, W], floating point.
+        dy, dx: pixels.
+
+    Returns:
+        [B, C, H, W], dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: shape or dtype is none of the above.
+    """
+    check_image("x", x)
+    for dim, distance in ((2, dy), (3, dx)):
+        n = x.shape[dim]
+        mirrored = torch.cat([x, x.flip(dim)], dim)
+        angle = -2 * torch.pi * distance * torch.fft.rfftfreq(2 * n, dtype=torch.float64)
+        ramp = torch.polar(torch.ones_like(angle), angle)
+        ramp[n] = ramp[n].real  # a real wave at Nyquist has no phase to move
+        spectrum = torch.fft.rfft(mirrored, dim=dim)
+        view = [1] * x.ndim
+        view[dim] = -1
+        x = torch.fft.irfft(spectrum * ramp.view(view).to(spectrum), n=2 * n, dim=dim).narrow(dim, 0, n)
+    return x

@@ -90,6 +90,15 @@ def ergas(fused: torch.Tensor, gt: torch.Tensor, ratio: float = 4, cut: int = 0)
     return 100 / ratio * relative.mean(1).sqrt()
 
 
+def gradient(x: torch.Tensor) -> torch.Tensor:
+    """Sobel gradient magnitude of [B, C, H, W], zeros outside the image."""
+    x = F.pad(x, (1, 1, 1, 1))
+    dy, dx = x[..., 2:, :] - x[..., :-2, :], x[..., 2:] - x[..., :-2]
+    dy = dy[..., :-2] + 2 * dy[..., 1:-1] + dy[..., 2:]
+    dx = dx[..., :-2, :] + 2 * dx[..., 1:-1, :] + dx[..., 2:, :]
+    return torch.sqrt(dx**2 + dy**2)
+
+
 def scc(fused: torch.Tensor, gt: torch.Tensor, cut: int = 0) -> torch.Tensor:
     """Spatial correlation: cosine between the Sobel gradient magnitudes of all bands together.
 
@@ -101,15 +110,7 @@ def scc(fused: torch.Tensor, gt: torch.Tensor, cut: int = 0) -> torch.Tensor:
     fused, gt = prepare(fused, gt, cut)
     if min(fused.shape[-2:]) < 3:
         raise ValueError(f"fused: expected sides of at least 3 pixels, got {tuple(fused.shape[-2:])}")
-
-    def gradient(x: torch.Tensor) -> torch.Tensor:
-        x = F.pad(x[..., 1:-1, 1:-1], (1, 1, 1, 1))
-        dy, dx = x[..., 2:, :] - x[..., :-2, :], x[..., 2:] - x[..., :-2]
-        dy = dy[..., :-2] + 2 * dy[..., 1:-1] + dy[..., 2:]
-        dx = dx[..., :-2, :] + 2 * dx[..., 1:-1, :] + dx[..., 2:, :]
-        return torch.sqrt(dx**2 + dy**2)
-
-    f, g = gradient(fused), gradient(gt)
+    f, g = gradient(fused[..., 1:-1, 1:-1]), gradient(gt[..., 1:-1, 1:-1])
     over = (1, 2, 3)
     return (f * g).sum(over) / (f.square().sum(over).sqrt() * g.square().sum(over).sqrt())
 
