@@ -171,7 +171,7 @@ def shift(x: torch.Tensor, dy: float, dx: float) -> torch.Tensor:
         mirrored = torch.cat([x, x.flip(dim)], dim)
         angle = -2 * torch.pi * distance * torch.fft.rfftfreq(2 * n, dtype=torch.float64)
         ramp = torch.polar(torch.ones_like(angle), angle)
-        ramp[n] = ramp[n].real  # a real wave at Nyquist has no phase to move
+        ramp.imag[n] = 0  # a real wave at Nyquist has no phase to move
         spectrum = torch.fft.rfft(mirrored, dim=dim)
         view = [1] * x.ndim
         view[dim] = -1

@@ -55,9 +55,14 @@ def results(
     methods: Sequence[str],
     settings: Mapping[str, Any],
     bands: int,
-    known: Mapping[str, str | None],
+    published: Mapping[str, str | None],
+    recognised: bool,
 ) -> dict[str, Any]:
-    """Everything the files say, from a run's records. known: protocol -> data set of `PUBLISHED`, "none" or None."""
+    """Everything the files say, from a run's records.
+
+    published: protocol -> data set of `PUBLISHED` to compare with, "none" or None. recognised: whether the data has the
+    sensor, number and size of scenes of that data set.
+    """
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     seconds: dict[str, dict[str, float]] = {}
     undefined = []
@@ -93,7 +98,8 @@ def results(
         "seconds": seconds,
         "undefined": undefined,
         "shift": curves,
-        "published": {protocol: name for protocol, name in known.items() if name not in (None, "none")},
+        "published": {protocol: name for protocol, name in published.items() if name not in (None, "none")},
+        "published recognised": recognised,
         "scenes": list(records),
     }
 
@@ -166,9 +172,15 @@ def _published_table(found: Mapping[str, Any], dataset: str) -> tuple[list[str],
     return ["method", *(_heading(measure, found["bands"]) for measure in measures)], rows
 
 
-def _published_notes(dataset: str) -> list[str]:
+def _published_notes(found: Mapping[str, Any], dataset: str) -> list[str]:
     entry = PUBLISHED[dataset]
-    return [f"Printed in: {'; '.join(entry.sources)}. Those methods were not run here.", *entry.notes]
+    if found["published recognised"]:
+        why = "This data has the sensor, number and size of scenes of PanCollection's test set; no more is checked."
+    else:
+        why = (
+            "Compared on request: this data has another sensor, number or size of scenes than PanCollection's test set."
+        )
+    return [f"Printed in: {'; '.join(entry.sources)}. Those methods were not run here.", why, *entry.notes]
 
 
 def _markdown_table(header: Sequence[str], rows: Rows) -> list[str]:
@@ -200,7 +212,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         lines += [f"## {TITLES[protocol]}", "", *_markdown_table(*_summary_table(found, protocol))]
     for dataset in dict.fromkeys(found["published"].values()):
         lines += [f"## Published numbers, {dataset}", "", *_markdown_table(*_published_table(found, dataset))]
-        lines += [line for note in _published_notes(dataset) for line in (f"- {note}",)] + [""]
+        lines += [line for note in _published_notes(found, dataset) for line in (f"- {note}",)] + [""]
     if found["shift"]:
         lines += ["## Shift test", "", *_markdown_table(*_shift_table(found)), SHIFT_NOTE, ""]
     lines += [DEFINITIONS, "", "## Settings", ""]
@@ -249,7 +261,7 @@ def _plot(found: Mapping[str, Any], target: Path) -> None:
         )
         axis.set_xlabel("shift of PAN in pixels (full line: x, dashed: y)", fontsize=8)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=9)
     for axis in axes[len(measures) :]:
         axis.set_visible(False)
     figure.savefig(target, dpi=110)
@@ -338,7 +350,7 @@ def page(folder: Path, found: Mapping[str, Any]) -> str:
     parts.append(f'<p class="note">{html.escape(DEFINITIONS)}</p>')
     for dataset in dict.fromkeys(found["published"].values()):
         parts += [f"<h2>Published numbers, {dataset}</h2>", _html_table(*_published_table(found, dataset))]
-        parts += [f'<p class="note">{html.escape(note)}</p>' for note in _published_notes(dataset)]
+        parts += [f'<p class="note">{html.escape(note)}</p>' for note in _published_notes(found, dataset)]
     if found["shift"]:
         parts += ["<h2>Shift test</h2>", _image(folder / "shift.png", "curves of the shift test", ' class="plot"')]
         parts += [_html_table(*_shift_table(found)), f'<p class="note">{html.escape(SHIFT_NOTE)}</p>']

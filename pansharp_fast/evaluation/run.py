@@ -18,6 +18,7 @@ import torch
 from .. import __version__, metrics
 from ..baselines import BASELINES
 from ..data import Sensor, get_sensor
+from ..metrics._common import prepare
 from ..metrics.reduced import gradient
 from . import pictures, report
 from .published import PUBLISHED, recognise
@@ -25,37 +26,36 @@ from .scenes import PROTOCOLS, Hdf5Source, RasterSource, Scene, Source
 
 Method = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-#: Measures of each protocol, in the order of the tables.
+#: Measures against a ground truth, in the order of the tables.
 MEASURES = {
     "reduced": ("PSNR", "SSIM", "SAM", "ERGAS", "SCC", "Q", "Q2n"),
-    "full": ("D_lambda_K", "D_s", "HQNR", "D_lambda", "QNR"),
     "shift": ("PSNR", "SAM", "ERGAS", "SCC", "Q2n", "sharpness"),
 }
 #: Shifts of the shift test, in pixels of the PAN that methods see.
 SHIFTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 
 
-def _reduced(fused: torch.Tensor, scene: Scene, peak: float, cut: int) -> dict[str, torch.Tensor]:
+def _reduced(
+    fused: torch.Tensor, scene: Scene, peak: float, cut: int, wanted: Sequence[str]
+) -> dict[str, torch.Tensor]:
     gt = scene.gt
     assert gt is not None
-    return {
-        "PSNR": metrics.psnr(fused, gt, peak, cut),
-        "SSIM": metrics.ssim(fused, gt, peak, cut),
-        "SAM": metrics.sam(fused, gt, cut),
-        "ERGAS": metrics.ergas(fused, gt, cut=cut),
-        "SCC": metrics.scc(fused, gt, cut),
-        "Q": metrics.q(fused, gt, cut),
-        "Q2n": metrics.q2n(fused, gt, cut),
+
+    def sharpness() -> torch.Tensor:
+        strengths = [gradient(image)[..., 1:-1, 1:-1].mean() for image in prepare(fused, gt, cut)]
+        return strengths[0] / strengths[1]
+
+    measures: dict[str, Callable[[], torch.Tensor]] = {
+        "PSNR": lambda: metrics.psnr(fused, gt, peak, cut),
+        "SSIM": lambda: metrics.ssim(fused, gt, peak, cut),
+        "SAM": lambda: metrics.sam(fused, gt, cut),
+        "ERGAS": lambda: metrics.ergas(fused, gt, cut=cut),
+        "SCC": lambda: metrics.scc(fused, gt, cut),
+        "Q": lambda: metrics.q(fused, gt, cut),
+        "Q2n": lambda: metrics.q2n(fused, gt, cut),
+        "sharpness": sharpness,
     }
-
-
-def _shifted(fused: torch.Tensor, scene: Scene, peak: float, cut: int) -> dict[str, torch.Tensor]:
-    assert scene.gt is not None
-    values = _reduced(fused, scene, peak, cut)
-    keep = slice(cut, -cut if cut else None)
-    strength = [gradient(image[..., keep, keep].double()).mean() for image in (fused, scene.gt)]
-    values["sharpness"] = strength[0] / strength[1]
-    return {name: values[name] for name in MEASURES["shift"]}
+    return {name: measures[name]() for name in wanted}
 
 
 def _full(fused: torch.Tensor, scene: Scene, sensor: Sensor) -> dict[str, torch.Tensor]:
@@ -252,12 +252,10 @@ def evaluate(
                         if label not in loaded:
                             loaded[label] = make()
                         fused, seconds = _run(loaded[label], scene, index)
-                        if protocol == "reduced":
-                            values = _reduced(fused, scene, peak, cut)
-                        elif protocol == "full":
+                        if protocol == "full":
                             values = _full(fused, scene, sensor)
                         else:
-                            values = _shifted(fused, scene, peak, cut)
+                            values = _reduced(fused, scene, peak, cut, MEASURES[protocol])
                         if shown:
                             pictures.result(stem, label, fused, scene, sensor.rgb)
                         record = {
@@ -287,10 +285,10 @@ def evaluate(
             if wanted.get((r["protocol"], r["scene"], tuple(r["shift"]), r["method"])) == r["identity"]
         ]
         known = {
-            protocol: published
-            or recognise(sensor.name, protocol, len(source.scenes(protocol)), _side(source, protocol))
+            protocol: recognise(sensor.name, protocol, len(source.scenes(protocol)), _side(source, protocol))
             for protocol in protocols
         }
+        asked = {protocol: published for protocol in protocols} if published else known
         settings |= {
             "protocols": list(protocols),
             "scenes measured": {protocol: len(source.scenes(protocol)[:max_scenes]) for protocol in protocols},
@@ -301,7 +299,7 @@ def evaluate(
             + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
             "methods": {label: identity for label, (identity, _) in methods.items()},
         }
-        results = report.results(records, list(methods), settings, source.bands, known)
+        results = report.results(records, list(methods), settings, source.bands, asked, asked == known)
     report.write(folder, results)
     return results
 

@@ -15,6 +15,7 @@ from pansharp_fast.data import (
     lpan,
     mtf_filter,
     mtf_kernel,
+    shift,
 )
 
 
@@ -230,3 +231,33 @@ def test_bad_arguments(call, message):
 def test_integers_are_refused():
     with pytest.raises(TypeError, match=r"x: expected a floating-point tensor, got torch.int64"):
         interp23(torch.zeros(1, 1, 4, 4, dtype=torch.long))
+
+
+# ---- shifts ----------------------------------------------------------------------------------------------------------
+
+
+def test_shift_by_whole_pixels_is_exact():
+    x = torch.randn(2, 3, 16, 21, dtype=torch.float64)
+    moved = shift(x, 3, -5)
+    torch.testing.assert_close(moved[..., 3:, :-5], x[..., :-3, 5:], rtol=0, atol=1e-12)
+    torch.testing.assert_close(moved[..., :3, :-5], x[..., :3, 5:].flip(2), rtol=0, atol=1e-12)  # the mirror image
+
+
+def test_shift_moves_a_wave_by_its_fraction():
+    position = torch.arange(64, dtype=torch.float64) + 0.5
+    for distance in (0.25, 1.5):
+        for frequency in (3, 20):  # half periods over the image, so that the mirrored wave is smooth
+
+            def wave(x, frequency=frequency):
+                return torch.cos(torch.pi * frequency * x / 64).expand(1, 1, 64, 64)
+
+            torch.testing.assert_close(
+                shift(wave(position), 0, distance), wave(position - distance), rtol=0, atol=1e-12
+            )
+            down = shift(wave(position).mT, distance, 0)
+            torch.testing.assert_close(down, wave(position - distance).mT, rtol=0, atol=1e-12)
+
+
+def test_shift_is_differentiable():
+    x = torch.randn(1, 1, 5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: shift(x, 0.3, -1.2), x, fast_mode=True)
