@@ -57,8 +57,13 @@ def acquire(image: torch.Tensor, rng: np.random.Generator, scale: int) -> tuple[
 
     `scale` is the coarsening of the ground resolution: h is about H / scale.
     """
+    # Two kinds of radiometry: with haze, and corrected for it (dark floor near 0, long bright tail).
+    corrected = rng.random() < 0.4
+    # Plain products: reduced without a low-pass filter, with pixel areas aligned, PAN as sharp as it comes.
+    plain = rng.random() < 0.15
+
     # Scene radiance: undo an unknown tone curve of the producer.
-    image = image ** float(uniform(rng, 0.8, 2.0))
+    image = image ** float(uniform(rng, 1.4, 3.0) if corrected else uniform(rng, 0.8, 2.0))
     bands = image.shape[0]
 
     # PAN's spectral response: a positive mixture, with a part that no linear mixture of the bands explains.
@@ -73,7 +78,7 @@ def acquire(image: torch.Tensor, rng: np.random.Generator, scale: int) -> tuple[
     # Optics: sharpness of PAN and MS at the output's Nyquist frequency, shifts in output pixels.
     base = uniform(rng, 0.08, 0.6) if rng.random() < 0.85 else uniform(rng, 0.01, 0.08)
     gt_gains = np.clip(base * log_uniform(rng, 0.8, 1.25, bands), 0.005, 0.95)
-    pan_gain = np.clip(base * log_uniform(rng, 0.5, 3.0), 0.05, 0.9)
+    pan_gain = uniform(rng, 0.5, 0.95) if plain else np.clip(base * log_uniform(rng, 0.5, 3.0), 0.05, 0.9)
     gt_shift = rng.normal(0, 0.04, (bands, 2))
     kind = rng.random()
     if kind < 0.25:
@@ -89,18 +94,20 @@ def acquire(image: torch.Tensor, rng: np.random.Generator, scale: int) -> tuple[
     pan = blur(pan[None], pan_gain, scale, pan_shift * scale - centre)[0, ::scale, ::scale][:height, :width]
 
     # Radiometry: contrast and dark level (haze) of each band, as a share of the peak.
-    contrast = log_uniform(rng, 0.012, 0.12)
+    contrast = log_uniform(rng, 0.02, 0.2) if corrected else log_uniform(rng, 0.012, 0.12)
     band_gain = log_uniform(rng, 0.6, 1.7, bands)
-    band_gain[0] *= uniform(rng, 0.4, 1.1)  # haze flattens blue
+    if not corrected:
+        band_gain[0] *= uniform(rng, 0.4, 1.1)  # haze flattens blue
     spread = gt.std(dim=(1, 2)).mean().clamp_min(0.01)
     gain = torch.from_numpy(contrast * band_gain).float()[:, None, None] / spread
-    dark = torch.from_numpy(uniform(rng, 0.01, 0.28) * log_uniform(rng, 0.6, 1.6, bands)).float()[:, None, None]
+    darkest, brightest = (0.002, 0.03) if corrected else (0.01, 0.28)
+    dark = uniform(rng, darkest, brightest) * log_uniform(rng, 0.6, 1.6, bands)
+    dark = torch.from_numpy(dark).float()[:, None, None]
     floor = torch.quantile(gt.flatten(1)[:, ::7], 0.02, dim=1)[:, None, None]
     gt = dark + (gt - floor) * gain
-    pan_contrast = contrast * log_uniform(rng, 0.35, 1.8)
-    pan = uniform(rng, 0.01, 0.28) + (pan - torch.quantile(pan.flatten()[::7], 0.02)) * (
-        pan_contrast / pan.std().clamp_min(0.005)
-    )
+    pan_contrast = contrast * (log_uniform(rng, 0.5, 1.4) if corrected else log_uniform(rng, 0.35, 1.8))
+    pan_floor = torch.quantile(pan.flatten()[::7], 0.02)
+    pan = uniform(rng, darkest, brightest) + (pan - pan_floor) * (pan_contrast / pan.std().clamp_min(0.005))
 
     # Noise: read-out and photon parts; the reference image is a measurement too.
     noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -112,12 +119,11 @@ def acquire(image: torch.Tensor, rng: np.random.Generator, scale: int) -> tuple[
     pan = (pan * PEAK).round().clamp(0, PEAK)
 
     # Wald's protocol: low-resolution bands by the sensor's transfer function, then every fourth pixel from the third.
-    kind = rng.random()
-    if kind < 0.85:
-        ms_gains = np.clip(uniform(rng, 0.2, 0.4) * log_uniform(rng, 0.85, 1.18, bands), 0.15, 0.45)
-    else:  # hardly filtered, aliased
-        ms_gains = uniform(rng, 0.45, 0.95) * np.ones(bands)
-    ms = blur(gt, ms_gains, RATIO, np.zeros((bands, 2)))[:, 2::RATIO, 2::RATIO]
+    ms_gains = np.clip(uniform(rng, 0.2, 0.4) * log_uniform(rng, 0.85, 1.18, bands), 0.15, 0.45)
+    if plain:
+        ms_gains = uniform(rng, 0.55, 0.95) * np.ones(bands)
+    # Aligned areas: the low-resolution pixel lies around 1.5, not 2.
+    ms = blur(gt, ms_gains, RATIO, np.full((bands, 2), 0.5 * plain))[:, 2::RATIO, 2::RATIO]
     return gt.numpy(), ms.numpy(), pan.numpy()
 
 
@@ -154,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("imagery", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--rounds", type=int, default=16, help="acquisitions of each training image")
+    parser.add_argument("--rounds", type=int, default=12, help="acquisitions of each training image")
     parser.add_argument("--seed", type=int, default=2025)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
