@@ -15,13 +15,17 @@ _META = "pansharp_fast"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` beside `path`, flush it to the disk and move it there."""
+    """Write `content` beside `path`, flush it to the disk and move it there; nothing is left behind on failure."""
     temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def save_state(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
