@@ -191,6 +191,7 @@ OPERATOR = register(
     Operator(
         name="cm3a",
         support={
+            "cpu": Support(devices=("cpu",), dtypes=FLOATING),
             "reference": Support(devices=("cpu", "cuda", "xpu", "mps", "meta"), dtypes=FLOATING),
         },
     )

@@ -1,0 +1,559 @@
+// CPU kernels of cm3a, vectorised over pixels.
+//
+// A plane of a tile is one line of memory, row after row with the halo between them, so that the neighbour at offset p
+// is a constant distance away and vectors may run across row ends; what they compute in the halo is masked or never
+// stored. Per channel and pixel the learned neighbourhood costs J * J multiplications each for logits and for values;
+// both are small matrix products whose accumulators stay in registers.
+#include "cpu/cm3a_kernel.h"
+
+#include "cpu/convert.h"
+#include "math/cm3a.h"
+
+#if defined(__AVX512F__)
+#define PSF_VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define PSF_VECTOR_BYTES 32
+#else
+#define PSF_VECTOR_BYTES 16
+#endif
+#define PSF_UNROLL _Pragma("GCC unroll 32")
+
+namespace psf::PSF_CAPABILITY {
+namespace {
+
+using cm3a::Call;
+using cm3a::Element;
+using cm3a::Map;
+using cm3a::Tiling;
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(PSF_VECTOR_BYTES)));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+using IntVector = VectorOf<int32_t>::type;
+template <typename T>
+constexpr int64_t kLanes = PSF_VECTOR_BYTES / sizeof(T);
+// Vectors of pixels in flight: as many accumulators as fit the registers (32 with AVX-512, 16 otherwise).
+constexpr bool kManyRegisters = PSF_VECTOR_BYTES == 64;
+constexpr int64_t kMostVectors = 2;
+
+template <typename T>
+inline Vector<T> load(const T* from) {
+  Vector<T> value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <typename T>
+inline void store(T* to, Vector<T> value) {
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+template <typename T>
+inline T sum_of(Vector<T> value) {
+  T sum = 0;
+  for (int64_t i = 0; i < kLanes<T>; ++i) sum += value[i];
+  return sum;
+}
+
+// exp for arguments <= 0, good to 1 ulp; below the smallest normal number 0.
+inline Vector<float> exponential(Vector<float> x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const Vector<float> shifted = x * 1.44269504088896341f + magic;
+  const Vector<float> n = shifted - magic;
+  const Vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  const IntVector exponent = (reinterpret_cast<IntVector>(shifted) - 0x4b400000 + 127) << 23;
+  const Vector<float> result = p * reinterpret_cast<Vector<float>>(exponent);
+  return x < -87.0f ? Vector<float>{} : result;
+}
+
+inline Vector<double> exponential(Vector<double> x) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+// Where a tile and its surroundings lie in a plane of scratch memory.
+struct Tile {
+  int64_t top, bottom, left, right;  // pixels of the tile, in the image
+  int64_t halo;                      // pixels around it that a plane holds
+  int64_t pitch, rows, plane;        // elements of a row, rows, elements of a plane
+
+  int64_t at(int64_t y, int64_t x) const { return (y - top + halo) * pitch + (x - left + halo); }
+};
+
+template <typename T>
+int64_t plane_elements(int64_t rows, int64_t pitch) {
+  // The last vectors of a pass run over the end, at most one row and a bit further for neighbours; an odd number of
+  // cache lines keeps the planes of a pixel out of the same cache set.
+  const int64_t line = 64 / sizeof(T);
+  const int64_t lines = (rows * pitch + kMostVectors * kLanes<T> + 2 + line - 1) / line;
+  return (lines | 1) * line;
+}
+
+// ---- Between memory and planes
+// ---------------------------------------------------------------------------------------
+
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <typename S>
+S* head_of(const Map& map, const Call& call, int64_t image, int64_t head) {
+  return static_cast<S*>(map.data) + image * map.batch + head * call.dim * map.channel;
+}
+
+// Planes of the tile and `reach` pixels around it; zero outside the image and in the rest of the plane.
+template <typename S, typename T>
+void load_planes(const Call& call, const Map& map, int64_t image, int64_t head, const Tile& tile, int64_t reach,
+                 T* planes) {
+  const S* source = head_of<S>(map, call, image, head);
+  const int64_t left = larger(tile.left - reach, 0), right = smaller(tile.right + reach, call.width);
+  const int64_t top = larger(tile.top - reach, 0), bottom = smaller(tile.bottom + reach, call.height);
+  const int64_t count = right - left, before = left - (tile.left - tile.halo);
+  for (int64_t d = 0; d < call.dim; ++d) {
+    T* line = planes + d * tile.plane;
+    for (int64_t i = 0; i < tile.at(top, left); ++i) line[i] = 0;
+    for (int64_t y = top; y < bottom; ++y) {
+      T* row = line + tile.at(y, tile.left - tile.halo);
+      for (int64_t i = 0; i < before; ++i) row[i] = 0;
+      for (int64_t i = before + count; i < tile.pitch; ++i) row[i] = 0;
+      if (map.column == 1) {
+        const S* from = source + d * map.channel + y * map.row + left;
+        for (int64_t i = 0; i < count; ++i) row[before + i] = widen(from[i]);
+      }
+    }
+    for (int64_t i = tile.at(bottom, tile.left - tile.halo); i < tile.plane; ++i) line[i] = 0;
+  }
+  if (map.column == 1) return;
+  for (int64_t y = top; y < bottom; ++y)
+    for (int64_t i = 0; i < count; ++i) {
+      const S* from = source + y * map.row + (left + i) * map.column;
+      T* to = planes + tile.at(y, left) + i;
+      for (int64_t d = 0; d < call.dim; ++d) to[d * tile.plane] = widen(from[d * map.channel]);
+    }
+}
+
+template <typename S, typename T>
+void store_planes(const Call& call, const Map& map, int64_t image, int64_t head, const Tile& tile, const T* planes) {
+  S* target = head_of<S>(map, call, image, head);
+  const int64_t count = tile.right - tile.left;
+  if (map.column == 1) {
+    for (int64_t d = 0; d < call.dim; ++d)
+      for (int64_t y = tile.top; y < tile.bottom; ++y) {
+        S* to = target + d * map.channel + y * map.row + tile.left;
+        const T* row = planes + d * tile.plane + tile.at(y, tile.left);
+        for (int64_t i = 0; i < count; ++i) narrow(row[i], to[i]);
+      }
+    return;
+  }
+  for (int64_t y = tile.top; y < tile.bottom; ++y)
+    for (int64_t i = 0; i < count; ++i) {
+      S* to = target + y * map.row + (tile.left + i) * map.column;
+      const T* from = planes + tile.at(y, tile.left) + i;
+      for (int64_t d = 0; d < call.dim; ++d) narrow(from[d * tile.plane], to[d * map.channel]);
+    }
+}
+
+// ---- Stages, each over the pixels begin <= i < end of the planes
+// -------------------------------------------------------
+
+// What every stage needs to know; offset[p] is the distance to neighbour p.
+template <typename T, int J>
+struct Stage {
+  const T* factor;
+  int64_t dim, plane;
+  int64_t offset[J];
+};
+
+// c[j](i) = scale * sum_d x[d](i) * nb(y)[d,j](i)
+template <typename T, int J, bool kLearned, int kBlock, int kVectors>
+void project(const Stage<T, J>& stage, const T* x, const T* y, T* c, int64_t begin, int64_t end, T scale) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t i = begin; i < end; i += kVectors * L)
+    for (int j0 = 0; j0 < J; j0 += kBlock) {
+      Vector<T> sum[kBlock][kVectors] = {};
+      for (int64_t d = 0; d < stage.dim; ++d) {
+        const T* const at = y + d * stage.plane + i;
+        Vector<T> value[kVectors];
+        PSF_UNROLL for (int v = 0; v < kVectors; ++v) value[v] = load(x + d * stage.plane + i + v * L);
+        if constexpr (kLearned) {
+          // First the neighbourhood of one channel: short sums, as accurate as the reference's.
+          const T* f = stage.factor + d * (J + 1) * J + j0;
+          Vector<T> mixed[kBlock][kVectors];
+          PSF_UNROLL for (int j = 0; j < kBlock; ++j) {
+            PSF_UNROLL for (int v = 0; v < kVectors; ++v) mixed[j][v] = Vector<T>{} + f[J * J + j];
+          }
+#pragma GCC unroll 1
+          for (int p = 0; p < J; ++p, f += J) {
+            Vector<T> neighbour[kVectors];
+            PSF_UNROLL for (int v = 0; v < kVectors; ++v) neighbour[v] = load(at + stage.offset[p] + v * L);
+            PSF_UNROLL for (int j = 0; j < kBlock; ++j) {
+              PSF_UNROLL for (int v = 0; v < kVectors; ++v) mixed[j][v] += neighbour[v] * f[j];
+            }
+          }
+          PSF_UNROLL for (int j = 0; j < kBlock; ++j) {
+            PSF_UNROLL for (int v = 0; v < kVectors; ++v) sum[j][v] += mixed[j][v] * value[v];
+          }
+        } else {
+          PSF_UNROLL for (int j = 0; j < kBlock; ++j) {
+            PSF_UNROLL for (int v = 0; v < kVectors; ++v) sum[j][v] +=
+                value[v] * load(at + stage.offset[j0 + j] + v * L);
+          }
+        }
+      }
+      PSF_UNROLL for (int j = 0; j < kBlock; ++j) {
+        PSF_UNROLL for (int v = 0; v < kVectors; ++v) store(c + (j0 + j) * stage.plane + i + v * L, sum[j][v] * scale);
+      }
+    }
+}
+
+// t[p] = sum_j c[j] W[d,j,p], and from it, for one channel d or several,
+// kDot: out[d](i) (+)= sum_p t[p](i) y[d](i+p) + sum_j c[j] b[d,j], which is sum_j c[j] nb(y)[d,j];
+// kSpread: spread[p](i) = x[d](i) t[p](i), what pixel i adds to the gradient of pixel i + p.
+template <typename T, int J, bool kLearned, bool kDot, bool kSpread, int kVectors>
+void mix(const Stage<T, J>& stage, const T* c, const T* y, T* out, bool add, const T* x, T* spread, int64_t d_begin,
+         int64_t d_end, int64_t begin, int64_t end) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t i = begin; i < end; i += kVectors * L) {
+    Vector<T> weight[J][kVectors];
+    PSF_UNROLL for (int j = 0; j < J; ++j) {
+      PSF_UNROLL for (int v = 0; v < kVectors; ++v) weight[j][v] = load(c + j * stage.plane + i + v * L);
+    }
+    for (int64_t d = d_begin; d < d_end; ++d) {
+      const int64_t at = d * stage.plane + i;
+      const T* f = stage.factor + d * (J + 1) * J;
+      Vector<T> sum[kVectors] = {}, value[kVectors] = {};
+      if (kDot && add) {
+        PSF_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = load(out + at + v * L);
+      }
+      if (kSpread) {
+        PSF_UNROLL for (int v = 0; v < kVectors; ++v) value[v] = load(x + at + v * L);
+      }
+      if constexpr (kLearned) {
+#pragma GCC unroll 3
+        for (int p = 0; p < J; ++p, f += J) {
+          Vector<T> t[kVectors];
+          PSF_UNROLL for (int v = 0; v < kVectors; ++v) t[v] = weight[0][v] * f[0];
+          PSF_UNROLL for (int j = 1; j < J; ++j) {
+            PSF_UNROLL for (int v = 0; v < kVectors; ++v) t[v] += weight[j][v] * f[j];
+          }
+          PSF_UNROLL for (int v = 0; v < kVectors; ++v) {
+            if (kDot) sum[v] += t[v] * load(y + at + stage.offset[p] + v * L);
+            if (kSpread) store(spread + p * stage.plane + i + v * L, t[v] * value[v]);
+          }
+        }
+        if (kDot) {
+          PSF_UNROLL for (int j = 0; j < J; ++j) {
+            PSF_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] += weight[j][v] * f[j];
+          }
+        }
+      } else {
+        PSF_UNROLL for (int p = 0; p < J; ++p) {
+          PSF_UNROLL for (int v = 0; v < kVectors; ++v) {
+            if (kDot) sum[v] += weight[p][v] * load(y + at + stage.offset[p] + v * L);
+            if (kSpread) store(spread + p * stage.plane + i + v * L, weight[p][v] * value[v]);
+          }
+        }
+      }
+      if (kDot) {
+        PSF_UNROLL for (int v = 0; v < kVectors; ++v) store(out + at + v * L, sum[v]);
+      }
+    }
+  }
+}
+
+// out(i) = sum_p spread[p](i - p)
+template <typename T, int J>
+void gather(const Stage<T, J>& stage, const T* spread, T* out, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLanes<T>) {
+    Vector<T> sum = load(spread + i - stage.offset[0]);
+    PSF_UNROLL for (int p = 1; p < J; ++p) sum += load(spread + p * stage.plane + i - stage.offset[p]);
+    store(out + i, sum);
+  }
+}
+
+// grad[d,p,j] += sum_i c[j](i) x[d](i) y[d](i+p), and without y for the bias (p = J); c is zero where nothing counts.
+template <typename T, int J, int kNeighbours>
+void factor_gradient(const Stage<T, J>& stage, const T* c, const T* x, const T* y, double* grad, int64_t begin,
+                     int64_t end) {
+  constexpr int kBlock = kManyRegisters || J == 9 ? J : 5;
+  for (int64_t d = 0; d < stage.dim; ++d)
+    for (int p0 = 0; p0 <= J; p0 += p0 < J ? kNeighbours : 1)
+      for (int j0 = 0; j0 < J; j0 += kBlock) {
+        const T* const from = x + d * stage.plane;
+        const T* const at = y + d * stage.plane;
+        double* const to = grad + (d * (J + 1) + p0) * J + j0;
+        if (p0 == J) {
+          Vector<T> sum[kBlock] = {};
+          for (int64_t i = begin; i < end; i += kLanes<T>) {
+            const Vector<T> value = load(from + i);
+            PSF_UNROLL for (int j = 0; j < kBlock; ++j) sum[j] += value * load(c + (j0 + j) * stage.plane + i);
+          }
+          PSF_UNROLL for (int j = 0; j < kBlock; ++j) to[j] += sum_of<T>(sum[j]);
+          continue;
+        }
+        Vector<T> sum[kNeighbours][kBlock] = {};
+        for (int64_t i = begin; i < end; i += kLanes<T>) {
+          const Vector<T> value = load(from + i);
+          Vector<T> product[kNeighbours];
+          PSF_UNROLL for (int p = 0; p < kNeighbours; ++p) product[p] = value * load(at + i + stage.offset[p0 + p]);
+          PSF_UNROLL for (int j = 0; j < kBlock; ++j) {
+            const Vector<T> weight = load(c + (j0 + j) * stage.plane + i);
+            PSF_UNROLL for (int p = 0; p < kNeighbours; ++p) sum[p][j] += product[p] * weight;
+          }
+        }
+        PSF_UNROLL for (int p = 0; p < kNeighbours; ++p) {
+          PSF_UNROLL for (int j = 0; j < kBlock; ++j) to[p * J + j] += sum_of<T>(sum[p][j]);
+        }
+      }
+}
+
+// c: logits in, attention out, zero where mask is zero.
+template <typename T, int J>
+void attend(const Stage<T, J>& stage, T* c, const T* mask, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLanes<T>) {
+    Vector<T> value[J];
+    PSF_UNROLL for (int j = 0; j < J; ++j) value[j] = load(c + j * stage.plane + i);
+    cm3a::softmax<J>(value, [](Vector<T> x) { return exponential(x); });
+    const auto inside = load(mask + i) != 0;
+    PSF_UNROLL for (int j = 0; j < J; ++j) store(c + j * stage.plane + i, inside ? value[j] : Vector<T>{});
+  }
+}
+
+// grad: gradient of the attention c in, gradient of the unscaled logits out.
+template <typename T, int J>
+void attend_backward(const Stage<T, J>& stage, const T* c, T* grad, const T* mask, int64_t begin, int64_t end,
+                     T scale) {
+  for (int64_t i = begin; i < end; i += kLanes<T>) {
+    Vector<T> value[J], change[J];
+    PSF_UNROLL for (int j = 0; j < J; ++j) value[j] = load(c + j * stage.plane + i);
+    PSF_UNROLL for (int j = 0; j < J; ++j) change[j] = load(grad + j * stage.plane + i);
+    cm3a::softmax_backward<J>(value, change, Vector<T>{} + scale);
+    const auto inside = load(mask + i) != 0;
+    PSF_UNROLL for (int j = 0; j < J; ++j) store(grad + j * stage.plane + i, inside ? change[j] : Vector<T>{});
+  }
+}
+
+// ---- The two passes
+// ----------------------------------------------------------------------------------------------------
+
+template <typename T, int J, bool kLearned>
+struct Pass {
+  static constexpr int kReach = J == 9 ? 1 : 2;
+  static constexpr int kBlock = kManyRegisters || J == 9 ? J : 5;
+  static constexpr int kVectors = kManyRegisters == (J == 9) ? 2 : 1;  // of project
+  static constexpr int kMixVectors = kManyRegisters && J == 9 ? 2 : 1;
+  static constexpr int kNeighbours = kManyRegisters && J == 9 ? 3 : 1;  // of factor_gradient
+
+  static int64_t planes(const Call& call, bool backward) {
+    return backward ? 6 * call.dim + 3 * J + 1 : 3 * call.dim + J + 1;
+  }
+
+  static Tiling tiling(const Call& call, bool backward) {
+    const int64_t halo = kReach * (backward ? 2 : 1);
+    const int64_t budget = backward ? 640 * 1024 : 256 * 1024;  // bytes that should stay in the second-level cache
+    Tiling cut;
+    cut.tiles_across = larger((call.width + 63) / 64, 1);
+    cut.columns = (call.width + cut.tiles_across - 1) / cut.tiles_across;
+    const int64_t pitch = cut.columns + 2 * halo;
+    const int64_t fit = budget / (planes(call, backward) * static_cast<int64_t>(sizeof(T)) * pitch) - 2 * halo;
+    const int64_t most = larger(fit, 4 * halo);
+    cut.tiles_down = larger((call.height + most - 1) / most, 1);
+    cut.rows = (call.height + cut.tiles_down - 1) / cut.tiles_down;
+    cut.items = call.batch * call.heads * cut.tiles_down * cut.tiles_across;
+    cut.scratch_bytes =
+        planes(call, backward) * plane_elements<T>(cut.rows + 2 * halo, pitch) * static_cast<int64_t>(sizeof(T));
+    return cut;
+  }
+
+  struct Item {
+    int64_t image, head;
+    Tile tile;
+  };
+
+  static Item item(const Call& call, const Tiling& cut, int64_t index, int64_t halo) {
+    const int64_t across = index % cut.tiles_across, down = index / cut.tiles_across % cut.tiles_down;
+    const int64_t map = index / cut.tiles_across / cut.tiles_down;
+    Tile tile;
+    // Rounding up the tiles' size may leave the last one empty.
+    tile.top = smaller(down * cut.rows, call.height);
+    tile.bottom = smaller(tile.top + cut.rows, call.height);
+    tile.left = smaller(across * cut.columns, call.width);
+    tile.right = smaller(tile.left + cut.columns, call.width);
+    tile.halo = halo;
+    tile.pitch = tile.right - tile.left + 2 * halo;
+    tile.rows = tile.bottom - tile.top + 2 * halo;
+    tile.plane = plane_elements<T>(tile.rows, tile.pitch);
+    return {map / call.heads, map % call.heads, tile};
+  }
+
+  static Stage<T, J> stage(const Call& call, const Tile& tile) {
+    Stage<T, J> result;
+    result.factor = static_cast<const T*>(call.factor);
+    result.dim = call.dim;
+    result.plane = tile.plane;
+    for (int p = 0; p < J; ++p)
+      result.offset[p] = (p / (2 * kReach + 1) - kReach) * tile.pitch + p % (2 * kReach + 1) - kReach;
+    return result;
+  }
+
+  // One where a pixel of the image lies within `reach` of the tile, zero elsewhere.
+  static void fill_mask(const Call& call, const Tile& tile, int64_t reach, T* mask) {
+    for (int64_t i = 0; i < tile.plane; ++i) mask[i] = 0;
+    for (int64_t y = larger(tile.top - reach, 0); y < smaller(tile.bottom + reach, call.height); ++y)
+      for (int64_t x = larger(tile.left - reach, 0); x < smaller(tile.right + reach, call.width); ++x)
+        mask[tile.at(y, x)] = 1;
+  }
+
+  template <typename S>
+  static void forward(const Call& call, const Tiling& cut, int64_t begin, int64_t end, T* scratch) {
+    for (int64_t index = begin; index < end; ++index) {
+      const auto [image, head, tile] = item(call, cut, index, kReach);
+      if (tile.top == tile.bottom || tile.left == tile.right) continue;
+      const Stage<T, J> s = stage(call, tile);
+      T* const q = scratch;
+      T* const kv = q + call.dim * tile.plane;
+      T* const out = kv + call.dim * tile.plane;
+      T* const c = out + call.dim * tile.plane;
+      T* const mask = c + J * tile.plane;
+      const int64_t first = tile.at(tile.top, tile.left);
+      const int64_t last = whole_steps(first, tile.at(tile.bottom - 1, tile.right - 1) + 1);
+      fill_mask(call, tile, 0, mask);
+      load_planes<S>(call, call.q, image, head, tile, 0, q);
+      for (int m = 0; m < 2; ++m) {
+        load_planes<S>(call, call.k[m], image, head, tile, kReach, kv);
+        project<T, J, kLearned, kBlock, kVectors>(s, q, kv, c, first, last, static_cast<T>(call.scale));
+        attend<T, J>(s, c, mask, first, last);
+        load_planes<S>(call, call.v[m], image, head, tile, kReach, kv);
+        mix<T, J, kLearned, true, false, kMixVectors>(s, c, kv, out, false, nullptr, nullptr, 0, call.dim, first, last);
+        store_planes<S>(call, call.out[m], image, head, tile, out);
+      }
+    }
+  }
+
+  template <typename S>
+  static void backward(const Call& call, const Tiling& cut, int64_t begin, int64_t end, T* scratch,
+                       double* grad_factor) {
+    for (int64_t index = begin; index < end; ++index) {
+      const auto [image, head, tile] = item(call, cut, index, 2 * kReach);
+      if (tile.top == tile.bottom || tile.left == tile.right) continue;
+      const Stage<T, J> s = stage(call, tile);
+      const int64_t size = call.dim * tile.plane;
+      T* const q = scratch;
+      T* const grad = q + size;
+      T* const k = grad + size;
+      T* const v = k + size;
+      T* const grad_q = v + size;
+      T* const result = grad_q + size;
+      T* const c = result + size;
+      T* const change = c + J * tile.plane;
+      T* const spread = change + J * tile.plane;
+      T* const mask = spread + J * tile.plane;
+      // Gradients of k and v in the tile come from pixels of the image around it too.
+      const int64_t top = larger(tile.top - kReach, 0), bottom = smaller(tile.bottom + kReach, call.height);
+      const int64_t first = tile.at(top, tile.left - kReach);
+      const int64_t last = whole_steps(first, tile.at(bottom - 1, tile.right - 1 + kReach) + 1);
+      const int64_t inner = tile.at(tile.top, tile.left), inner_last = tile.at(tile.bottom - 1, tile.right - 1) + 1;
+      fill_mask(call, tile, kReach, mask);
+      load_planes<S>(call, call.q, image, head, tile, kReach, q);
+      // Rows outside the image are never computed and add nothing.
+      for (int p = 0; p < J; ++p) {
+        for (int64_t i = 0; i < first; ++i) spread[p * tile.plane + i] = 0;
+        for (int64_t i = last; i < tile.plane; ++i) spread[p * tile.plane + i] = 0;
+      }
+      for (int m = 0; m < 2; ++m) {
+        load_planes<S>(call, call.k[m], image, head, tile, 2 * kReach, k);
+        load_planes<S>(call, call.v[m], image, head, tile, 2 * kReach, v);
+        load_planes<S>(call, call.grad_out[m], image, head, tile, kReach, grad);
+        project<T, J, kLearned, kBlock, kVectors>(s, q, k, c, first, last, static_cast<T>(call.scale));
+        attend<T, J>(s, c, mask, first, last);
+        project<T, J, kLearned, kBlock, kVectors>(s, grad, v, change, first, last, T(1));
+        attend_backward<T, J>(s, c, change, mask, first, last, static_cast<T>(call.scale));
+        for (int64_t d = 0; d < call.dim; ++d) {
+          mix<T, J, kLearned, true, true, kMixVectors>(s, change, k, grad_q, m == 1, q, spread, d, d + 1, first, last);
+          gather<T, J>(s, spread, result + d * tile.plane, inner, inner_last);
+        }
+        store_planes<S>(call, call.grad_k[m], image, head, tile, result);
+        for (int64_t d = 0; d < call.dim; ++d) {
+          mix<T, J, kLearned, false, true, kMixVectors>(s, c, nullptr, nullptr, false, grad, spread, d, d + 1, first,
+                                                        last);
+          gather<T, J>(s, spread, result + d * tile.plane, inner, inner_last);
+        }
+        store_planes<S>(call, call.grad_v[m], image, head, tile, result);
+        if constexpr (kLearned) {
+          clear_outside(tile, inner, inner_last, c);
+          clear_outside(tile, inner, inner_last, change);
+          factor_gradient<T, J, kNeighbours>(s, change, q, k, grad_factor, inner, inner_last);
+          factor_gradient<T, J, kNeighbours>(s, c, grad, v, grad_factor, inner, inner_last);
+        }
+      }
+      store_planes<S>(call, call.grad_q, image, head, tile, grad_q);
+    }
+  }
+
+  // The end of a range after which every stage stops, whatever its number of vectors.
+  static int64_t whole_steps(int64_t first, int64_t last) {
+    constexpr int64_t step = kMostVectors * kLanes<T>;
+    return first + (last - first + step - 1) / step * step;
+  }
+
+  // Zero between the rows of the tile and in what the last vector runs over.
+  static void clear_outside(const Tile& tile, int64_t inner, int64_t inner_last, T* c) {
+    const int64_t width = tile.right - tile.left;
+    for (int j = 0; j < J; ++j) {
+      T* const line = c + j * tile.plane;
+      for (int64_t row = inner + width; row < inner_last; row += tile.pitch)
+        for (int64_t i = 0; i < tile.pitch - width; ++i) line[row + i] = 0;
+      for (int64_t i = 0; i < kLanes<T>; ++i) line[inner_last + i] = 0;
+    }
+  }
+};
+
+// Calls f(Pass<...>{}, S{}) for the types and the window of the call, S the type in memory.
+template <typename F>
+auto with_pass(const Call& call, F f) {
+  const bool learned = call.factor != nullptr;
+  const auto by_type = [&](auto computed, auto stored) {
+    using T = decltype(computed);
+    if (call.window == 3) return learned ? f(Pass<T, 9, true>{}, stored) : f(Pass<T, 9, false>{}, stored);
+    return learned ? f(Pass<T, 25, true>{}, stored) : f(Pass<T, 25, false>{}, stored);
+  };
+  switch (call.element) {
+    case Element::f64:
+      return by_type(double{}, double{});
+    case Element::bf16:
+      return by_type(float{}, BFloat16{});
+    case Element::f16:
+      return by_type(float{}, Half{});
+    default:
+      return by_type(float{}, float{});
+  }
+}
+
+}  // namespace
+
+Tiling cm3a_tiling(const Call& call, bool backward) {
+  return with_pass(call, [&](auto pass, auto) { return pass.tiling(call, backward); });
+}
+
+void cm3a_forward(const Call& call, const Tiling& tiling, int64_t begin, int64_t end, void* scratch) {
+  with_pass(call, [&]<typename T, int J, bool kLearned, typename S>(Pass<T, J, kLearned> pass, S) {
+    pass.template forward<S>(call, tiling, begin, end, static_cast<T*>(scratch));
+  });
+}
+
+void cm3a_backward(const Call& call, const Tiling& tiling, int64_t begin, int64_t end, void* scratch,
+                   double* grad_factor) {
+  with_pass(call, [&]<typename T, int J, bool kLearned, typename S>(Pass<T, J, kLearned> pass, S) {
+    pass.template backward<S>(call, tiling, begin, end, static_cast<T*>(scratch), grad_factor);
+  });
+}
+
+}  // namespace psf::PSF_CAPABILITY
