@@ -6,6 +6,8 @@
 // both are small matrix products whose accumulators stay in registers.
 #include "cpu/cm3a_kernel.h"
 
+#include <type_traits>
+
 #include "cpu/convert.h"
 #include "math/cm3a.h"
 
@@ -51,11 +53,35 @@ inline void store(T* to, Vector<T> value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
+// Lane l of the result is lane index(l) of a and b side by side.
+template <typename T, typename Index>
+inline Vector<T> shuffle(Vector<T> a, Vector<T> b, Index index) {
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  Vector<Lane> picked;
+  PSF_UNROLL for (Lane l = 0; l < kLanes<T>; ++l) picked[l] = index(l);
+  return __builtin_shuffle(a, b, picked);
+}
+
 template <typename T>
 inline T sum_of(Vector<T> value) {
-  T sum = 0;
-  for (int64_t i = 0; i < kLanes<T>; ++i) sum += value[i];
-  return sum;
+  PSF_UNROLL for (int64_t step = kLanes<T> / 2; step > 0; step /= 2) {
+    value += shuffle<T>(value, value, [step](int64_t l) { return l ^ step; });
+  }
+  return value[0];
+}
+
+// Rows become columns: in each step the blocks of `step` lanes off the diagonal change places.
+template <typename T>
+inline void transpose(Vector<T> (&rows)[kLanes<T>]) {
+  constexpr int64_t L = kLanes<T>;
+  PSF_UNROLL for (int64_t step = 1; step < L; step *= 2) {
+    PSF_UNROLL for (int64_t i = 0; i < L; ++i) {
+      if (i & step) continue;
+      const Vector<T> a = rows[i], b = rows[i + step];
+      rows[i] = shuffle<T>(a, b, [step](int64_t l) { return l & step ? L + l - step : l; });
+      rows[i + step] = shuffle<T>(a, b, [step](int64_t l) { return l & step ? L + l : l + step; });
+    }
+  }
 }
 
 // exp for arguments <= 0, good to 1 ulp; below the smallest normal number 0.
@@ -109,10 +135,23 @@ S* head_of(const Map& map, const Call& call, int64_t image, int64_t head) {
   return static_cast<S*>(map.data) + image * map.batch + head * call.dim * map.channel;
 }
 
+template <typename T, typename S>
+inline Vector<T> load_wide(const S* from) {
+  T wide[kLanes<T>];
+  for (int64_t i = 0; i < kLanes<T>; ++i) wide[i] = widen(from[i]);
+  return load(wide);
+}
+
+template <typename T, typename S>
+inline void store_narrow(S* to, Vector<T> value) {
+  for (int64_t i = 0; i < kLanes<T>; ++i) narrow(value[i], to[i]);
+}
+
 // Planes of the tile and `reach` pixels around it; zero outside the image and in the rest of the plane.
 template <typename S, typename T>
 void load_planes(const Call& call, const Map& map, int64_t image, int64_t head, const Tile& tile, int64_t reach,
                  T* planes) {
+  constexpr int64_t L = kLanes<T>;
   const S* source = head_of<S>(map, call, image, head);
   const int64_t left = larger(tile.left - reach, 0), right = smaller(tile.right + reach, call.width);
   const int64_t top = larger(tile.top - reach, 0), bottom = smaller(tile.bottom + reach, call.height);
@@ -132,16 +171,32 @@ void load_planes(const Call& call, const Map& map, int64_t image, int64_t head, 
     for (int64_t i = tile.at(bottom, tile.left - tile.halo); i < tile.plane; ++i) line[i] = 0;
   }
   if (map.column == 1) return;
-  for (int64_t y = top; y < bottom; ++y)
-    for (int64_t i = 0; i < count; ++i) {
-      const S* from = source + y * map.row + (left + i) * map.column;
-      T* to = planes + tile.at(y, left) + i;
-      for (int64_t d = 0; d < call.dim; ++d) to[d * tile.plane] = widen(from[d * map.channel]);
+  for (int64_t y = top; y < bottom; ++y) {
+    const S* from = source + y * map.row + left * map.column;
+    T* to = planes + tile.at(y, left);
+    int64_t i = 0;
+    for (; map.channel == 1 && i + L <= count; i += L, from += L * map.column, to += L) {
+      int64_t d = 0;
+      for (; d + L <= call.dim; d += L) {
+        Vector<T> block[L];
+        PSF_UNROLL for (int64_t l = 0; l < L; ++l) {
+          __builtin_prefetch(from + (l + L) * map.column + d);
+          block[l] = load_wide<T>(from + l * map.column + d);
+        }
+        transpose<T>(block);
+        PSF_UNROLL for (int64_t l = 0; l < L; ++l) store(to + (d + l) * tile.plane, block[l]);
+      }
+      for (; d < call.dim; ++d)
+        for (int64_t l = 0; l < L; ++l) to[d * tile.plane + l] = widen(from[l * map.column + d]);
     }
+    for (; i < count; ++i, from += map.column, ++to)
+      for (int64_t d = 0; d < call.dim; ++d) to[d * tile.plane] = widen(from[d * map.channel]);
+  }
 }
 
 template <typename S, typename T>
 void store_planes(const Call& call, const Map& map, int64_t image, int64_t head, const Tile& tile, const T* planes) {
+  constexpr int64_t L = kLanes<T>;
   S* target = head_of<S>(map, call, image, head);
   const int64_t count = tile.right - tile.left;
   if (map.column == 1) {
@@ -153,12 +208,27 @@ void store_planes(const Call& call, const Map& map, int64_t image, int64_t head,
       }
     return;
   }
-  for (int64_t y = tile.top; y < tile.bottom; ++y)
-    for (int64_t i = 0; i < count; ++i) {
-      S* to = target + y * map.row + (tile.left + i) * map.column;
-      const T* from = planes + tile.at(y, tile.left) + i;
-      for (int64_t d = 0; d < call.dim; ++d) narrow(from[d * tile.plane], to[d * map.channel]);
+  for (int64_t y = tile.top; y < tile.bottom; ++y) {
+    S* to = target + y * map.row + tile.left * map.column;
+    const T* from = planes + tile.at(y, tile.left);
+    int64_t i = 0;
+    for (; map.channel == 1 && i + L <= count; i += L, to += L * map.column, from += L) {
+      int64_t d = 0;
+      for (; d + L <= call.dim; d += L) {
+        Vector<T> block[L];
+        PSF_UNROLL for (int64_t l = 0; l < L; ++l) block[l] = load(from + (d + l) * tile.plane);
+        transpose<T>(block);
+        PSF_UNROLL for (int64_t l = 0; l < L; ++l) {
+          __builtin_prefetch(to + (l + L) * map.column + d, 1);
+          store_narrow<T>(to + l * map.column + d, block[l]);
+        }
+      }
+      for (; d < call.dim; ++d)
+        for (int64_t l = 0; l < L; ++l) narrow(from[d * tile.plane + l], to[l * map.column + d]);
     }
+    for (; i < count; ++i, to += map.column, ++from)
+      for (int64_t d = 0; d < call.dim; ++d) narrow(from[d * tile.plane], to[d * map.channel]);
+  }
 }
 
 // ---- Stages, each over the pixels begin <= i < end of the planes
@@ -379,8 +449,14 @@ struct Pass {
   };
 
   static Item item(const Call& call, const Tiling& cut, int64_t index, int64_t halo) {
-    const int64_t across = index % cut.tiles_across, down = index / cut.tiles_across % cut.tiles_down;
-    const int64_t map = index / cut.tiles_across / cut.tiles_down;
+    // With channels last the heads of a tile follow each other, since they lie on neighbouring cache lines; otherwise
+    // the tiles of a head do.
+    const int64_t tiles = cut.tiles_down * cut.tiles_across;
+    const bool interleaved = call.q.channel < call.q.column;
+    const int64_t head = (interleaved ? index : index / tiles) % call.heads;
+    const int64_t place = (interleaved ? index / call.heads : index) % tiles;
+    const int64_t image = index / tiles / call.heads;
+    const int64_t across = place % cut.tiles_across, down = place / cut.tiles_across;
     Tile tile;
     // Rounding up the tiles' size may leave the last one empty.
     tile.top = smaller(down * cut.rows, call.height);
@@ -391,7 +467,7 @@ struct Pass {
     tile.pitch = tile.right - tile.left + 2 * halo;
     tile.rows = tile.bottom - tile.top + 2 * halo;
     tile.plane = plane_elements<T>(tile.rows, tile.pitch);
-    return {map / call.heads, map % call.heads, tile};
+    return {image, head, tile};
   }
 
   static Stage<T, J> stage(const Call& call, const Tile& tile) {
@@ -423,7 +499,7 @@ struct Pass {
       T* const out = kv + call.dim * tile.plane;
       T* const c = out + call.dim * tile.plane;
       T* const mask = c + J * tile.plane;
-      const int64_t first = tile.at(tile.top, tile.left);
+      const int64_t first = aligned(tile.at(tile.top, tile.left));
       const int64_t last = whole_steps(first, tile.at(tile.bottom - 1, tile.right - 1) + 1);
       fill_mask(call, tile, 0, mask);
       load_planes<S>(call, call.q, image, head, tile, 0, q);
@@ -458,7 +534,7 @@ struct Pass {
       T* const mask = spread + J * tile.plane;
       // Gradients of k and v in the tile come from pixels of the image around it too.
       const int64_t top = larger(tile.top - kReach, 0), bottom = smaller(tile.bottom + kReach, call.height);
-      const int64_t first = tile.at(top, tile.left - kReach);
+      const int64_t first = aligned(tile.at(top, tile.left - kReach));
       const int64_t last = whole_steps(first, tile.at(bottom - 1, tile.right - 1 + kReach) + 1);
       const int64_t inner = tile.at(tile.top, tile.left), inner_last = tile.at(tile.bottom - 1, tile.right - 1) + 1;
       fill_mask(call, tile, kReach, mask);
@@ -490,13 +566,16 @@ struct Pass {
         if constexpr (kLearned) {
           clear_outside(tile, inner, inner_last, c);
           clear_outside(tile, inner, inner_last, change);
-          factor_gradient<T, J, kNeighbours>(s, change, q, k, grad_factor, inner, inner_last);
-          factor_gradient<T, J, kNeighbours>(s, c, grad, v, grad_factor, inner, inner_last);
+          factor_gradient<T, J, kNeighbours>(s, change, q, k, grad_factor, aligned(inner), inner_last);
+          factor_gradient<T, J, kNeighbours>(s, c, grad, v, grad_factor, aligned(inner), inner_last);
         }
       }
       store_planes<S>(call, call.grad_q, image, head, tile, grad_q);
     }
   }
+
+  // The vector that an element lies in.
+  static int64_t aligned(int64_t element) { return element / kLanes<T> * kLanes<T>; }
 
   // The end of a range after which every stage stops, whatever its number of vectors.
   static int64_t whole_steps(int64_t first, int64_t last) {
@@ -504,11 +583,12 @@ struct Pass {
     return first + (last - first + step - 1) / step * step;
   }
 
-  // Zero between the rows of the tile and in what the last vector runs over.
+  // Zero between the rows of the tile and in the rest of the first and the last vector.
   static void clear_outside(const Tile& tile, int64_t inner, int64_t inner_last, T* c) {
     const int64_t width = tile.right - tile.left;
     for (int j = 0; j < J; ++j) {
       T* const line = c + j * tile.plane;
+      for (int64_t i = aligned(inner); i < inner; ++i) line[i] = 0;
       for (int64_t row = inner + width; row < inner_last; row += tile.pitch)
         for (int64_t i = 0; i < tile.pitch - width; ++i) line[row + i] = 0;
       for (int64_t i = 0; i < kLanes<T>; ++i) line[inner_last + i] = 0;
