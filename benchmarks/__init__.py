@@ -1,0 +1,1 @@
+"""Microbenchmarks of the operators: `python -m benchmarks.run --device cpu`."""

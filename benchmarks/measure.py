@@ -1,0 +1,71 @@
+"""Time, peak memory, and the rates of the device that bound both."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run: Callable[[], Any], device: torch.device, budget: float = 1.5) -> float:
+    """Median time of a call after two calls of warm-up: three calls, or as many as the budget of seconds holds."""
+    for _ in range(2):
+        run()
+    synchronize(device)
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < budget and len(times) < 200):
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Memory that a call holds at its peak beyond what was held before, results included; None where not known."""
+    gc.collect()
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier would hide what the call takes
+    clear.write_text("5")  # the peak starts again at what is resident now
+    before = _resident(status, "VmRSS")
+    run()
+    return max(_resident(status, "VmHWM") - before, 0)
+
+
+def _resident(status: Path, key: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes read and written a second by `Tensor.copy_` of 256 MiB."""
+    source = torch.ones(64 << 20, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * source.element_size() / seconds(lambda: target.copy_(source), device)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a square matrix product in `dtype`."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / seconds(lambda: a @ a, device)

@@ -1,0 +1,149 @@
+"""Choice of a backend: order of the requests, reasons, errors, self-check."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import pansharp_fast
+from pansharp_fast.ops import BackendError, Operator, Support, explain, select, use_backend
+from pansharp_fast.ops import _backends as backends
+
+FLOAT = (torch.float32,)
+
+
+@pytest.fixture
+def operator() -> Operator:
+    """An operator with an imaginary CUDA kernel, not registered."""
+    return Operator("imaginary", {"cuda": Support(("cuda",), FLOAT), "reference": Support(("cpu", "meta"), FLOAT)})
+
+
+def test_argument_over_context_over_variable(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1)
+    monkeypatch.setenv(backends.VARIABLE, "cuda")
+    with pytest.raises(BackendError, match="environment variable PANSHARP_FAST_BACKEND asked for 'cuda'"):
+        select(operator, [x])
+    with use_backend("reference"):
+        assert select(operator, [x]) == "reference"
+        with pytest.raises(BackendError, match="argument backend asked for 'cuda'"):
+            select(operator, [x], "cuda")
+        with use_backend("auto"):
+            assert select(operator, [x]) == "reference"
+    with pytest.raises(BackendError):
+        select(operator, [x])
+    monkeypatch.delenv(backends.VARIABLE)
+    assert select(operator, [x]) == "reference"
+
+
+def test_an_explicit_request_lists_every_reason(operator: Operator) -> None:
+    with pytest.raises(BackendError) as error:
+        select(operator, [torch.zeros(1, dtype=torch.float16)], "cuda")
+    assert "device: expected cuda, got cpu" in str(error.value)
+    assert "dtype: expected one of float32, got float16" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_auto_without_a_candidate_says_why(operator: Operator) -> None:
+    with pytest.raises(BackendError, match=r"no backend can run .*reference .dtype: expected one of float32"):
+        select(operator, [torch.zeros(1, dtype=torch.float16)])
+
+
+@pytest.mark.parametrize("name", ["gpu", "CPU", ""])
+def test_unknown_names_are_refused(operator: Operator, name: str) -> None:
+    with pytest.raises(ValueError, match="expected"), use_backend(name):
+        pass
+    with pytest.raises(ValueError, match="expected auto or one of"):
+        select(operator, [torch.zeros(1)], name)
+
+
+def test_use_backend_is_undone_by_an_error(operator: Operator) -> None:
+    with pytest.raises(KeyError), use_backend("cuda"):
+        raise KeyError
+    assert select(operator, [torch.zeros(1)]) == "reference"
+
+
+def test_auto_logs_once(operator: Operator, caplog: pytest.LogCaptureFixture) -> None:
+    backends._logged.clear()
+    with caplog.at_level(logging.INFO, "pansharp_fast"):
+        select(operator, [torch.zeros(1)])
+        select(operator, [torch.zeros(1)])
+    assert [record.getMessage() for record in caplog.records] == [
+        "imaginary on cpu runs on reference; not cpu (imaginary has no cpu kernel)"
+    ]
+
+
+def test_explain_names_every_backend() -> None:
+    text = explain("cm3a", torch.zeros(1, 8, 4, 4))
+    lines = text.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"cm3a {name}" for name in backends.BACKENDS]
+    assert lines[-1] == "cm3a reference: available"
+    assert "device: expected cuda, got cpu" in lines[0]
+    assert pansharp_fast.explain is explain
+    with pytest.raises(KeyError, match="cm3a"):
+        explain("nothing")
+
+
+def test_a_failed_selfcheck_warns_once_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def check(backend: str, device: torch.device) -> None:
+        calls.append(backend)
+        raise AssertionError("values differ")
+
+    wrong = Operator("wrong", {"cuda": Support(("meta",), FLOAT), "reference": Support(("meta",), FLOAT)}, check)
+    monkeypatch.setattr(backends, "unavailable", lambda backend: None)
+    x = torch.zeros(1, device="meta")
+    with pytest.warns(UserWarning, match="wrong: backend cuda is not used: self-check on meta failed: values differ"):
+        assert select(wrong, [x]) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert select(wrong, [x]) == "reference"
+    assert calls == ["cuda"]
+    with pytest.raises(BackendError, match="values differ"):
+        select(wrong, [x], "cuda")
+
+
+def test_a_passed_selfcheck_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    right = Operator("right", {"cuda": Support(("meta",), FLOAT)}, lambda backend, device: calls.append(backend))
+    monkeypatch.setattr(backends, "unavailable", lambda backend: None)
+    for _ in range(3):
+        assert select(right, [torch.zeros(1, device="meta")]) == "cuda"
+    assert calls == ["cuda"]
+
+
+def test_a_missing_library_keeps_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    from pansharp_fast import _extension
+
+    monkeypatch.setattr(_extension, "_FOLDER", tmp_path)
+    assert "_C.so was not built" in str(_extension.load_error.__wrapped__("_C"))
+    (tmp_path / "_C.so").write_text("no library")
+    assert "does not load with torch" in str(_extension.load_error.__wrapped__("_C"))
+
+
+@pytest.mark.parametrize("capability", ["baseline", "v3"])
+def test_older_instruction_sets_agree(capability: str) -> None:
+    if backends.unavailable("cpu"):
+        pytest.skip(str(backends.unavailable("cpu")))
+    code = """
+import torch
+from pansharp_fast.ops import cm3a
+torch.manual_seed(0)
+for window in (3, 5):
+    leaves = [torch.randn(1, 8, 7, 13, requires_grad=True) for _ in range(5)]
+    leaves += [torch.randn(4, window**2, window, window, requires_grad=True)]
+    results = []
+    for backend in ("cpu", "reference"):
+        out = torch.stack(cm3a(*leaves, num_heads=2, window=window, backend=backend))
+        results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for got, want in zip(*results):
+        assert (got - want).norm() < 1e-5 * want.norm()
+"""
+    environment = {**os.environ, "PANSHARP_FAST_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
