@@ -80,8 +80,8 @@ def markdown(operator: str, report: dict[str, Any]) -> str:
         "",
         f"torch {report['torch']}. Times are medians in ms; the factor is against the first column; MB is the peak of "
         "memory beyond the inputs; copy and matrix are shares of the rates that a plain copy and a plain matrix "
-        "product reached in the same run (bytes and operations are counted, not measured). Every column agreed with the first "
-        "one before it was timed.",
+        "product reached in the same run (bytes and operations are counted, not measured). Every column agreed with "
+        "the first one before it was timed.",
         "",
         "| case | column | ms | factor | MB | copy | matrix |",
         "|---|---|---|---|---|---|---|",

@@ -7,6 +7,7 @@ their implementations under the same names. `<name>` runs compiled code (CPU or 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -33,16 +34,16 @@ def define(
         schema: arguments and results in torch's schema language, `"(Tensor x, int n) -> Tensor"`.
         fake: shape function; strides must equal those of every implementation.
         triton_module: module below `pansharp_fast.kernels` holding a function called `name`; imported on first use.
-        setup_context, backward: as in `torch.library.register_autograd`; backward finds `ctx.backend`, to be handed to
-            `call`, so that the gradient runs where the forward ran.
+        setup_context, backward: as in `torch.library.register_autograd`; derivatives are refused without them. backward
+            finds `ctx.backend`, to be handed to `call`, so that the gradient runs where the forward ran.
     """
     names = [name] if triton_module is None else [name, f"{name}_triton"]
     for each in names:
         _library.define(each + schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
         torch.library.register_fake(f"{NAMESPACE}::{each}", fake, lib=_library)
-        if backward is not None:
-            setup = _setup_with_backend(setup_context, "compiled" if each == name else "triton")
-            torch.library.register_autograd(f"{NAMESPACE}::{each}", backward, setup_context=setup, lib=_library)
+        setup = _setup_with_backend(setup_context, "compiled" if each == name else "triton")
+        gradient = backward or functools.partial(_refuse, each)
+        torch.library.register_autograd(f"{NAMESPACE}::{each}", gradient, setup_context=setup, lib=_library)
     if triton_module is not None:
 
         def call_triton(*args: Any) -> Any:
@@ -51,6 +52,10 @@ def define(
 
         for key in ("CPU", "CUDA", "XPU"):
             _library.impl(f"{name}_triton", call_triton, key)
+
+
+def _refuse(name: str, ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(f"{name}: expected first derivatives only, got a derivative of it (backend reference has all)")
 
 
 def _setup_with_backend(setup_context: Callable[..., None] | None, backend: str) -> Callable[..., None]:

@@ -68,7 +68,8 @@ def _run(backend: str, inputs: list, gradients: list, dtype: torch.dtype, **opti
 
 
 def _error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((actual.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+    actual, exact = actual.detach().double(), exact.detach()
+    return float((actual - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
 def _assert_accurate(backend: str, inputs: list, gradients: list, **options: Any) -> None:
@@ -160,7 +161,7 @@ def test_any_shape_and_strides(
         outputs = cm3a(*leaves, **options)
         actual = [*outputs, *torch.autograd.grad(outputs, leaves, gradients)]
     expected_layout = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    if backend != "reference":
+    if backend != "reference" and batch:
         assert all(each.is_contiguous(memory_format=expected_layout) for each in actual[:2])
     for got, want in zip(actual, _run("reference", dense, gradients, torch.float64, **options), strict=True):
         assert got.shape == want.shape
@@ -337,8 +338,10 @@ def test_opcheck(learned: bool, channels_last: bool) -> None:
     torch.library.opcheck(torch.ops.pansharp_fast.cm3a_fwd.default, leaves)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+@pytest.mark.parametrize(
+    ("backend", "compiler"),
+    [(None, "aot_eager"), ("cpu", "aot_eager"), ("reference", "aot_eager"), (None, "inductor")],
+)
 def test_compiles_as_one_graph(backend: str | None, compiler: str) -> None:
     inputs, gradients = _case("cpu", (1, 2, 4, 5, 6), 3, True)
 
@@ -356,12 +359,12 @@ def test_compiles_as_one_graph(backend: str | None, compiler: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_no_double_backward_by_mistake() -> None:
+def test_second_derivatives_are_refused() -> None:
     inputs, _ = _case("cpu", (1, 1, 4, 3, 3), 3, False)
     leaves = [each.requires_grad_() for each in inputs]
     out_pan, out_ms = cm3a(*leaves, num_heads=1, backend="cpu")
     (grad,) = torch.autograd.grad((out_pan + out_ms).square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"does not require grad|not differentiable|NYI"):
+    with pytest.raises(RuntimeError, match="cm3a_bwd: expected first derivatives only"):
         torch.autograd.grad(grad.sum(), leaves[:1])
 
 
