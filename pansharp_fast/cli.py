@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,7 +154,7 @@ def sharpen(
         from .diffusion import Sampling
 
         options["sampling"] = Sampling(**given)
-    with _progress("sharpening", quiet) as progress:
+    with _quiet_libraries(), _progress("sharpening", quiet) as progress:
         summary = sharpen_scene(pan, ms, out, creation_options=co, progress=progress, **options)
     if summary.largest > options["peak"]:
         click.echo(
@@ -163,6 +164,27 @@ def sharpen(
         )
     if not quiet:
         click.echo(summary.text(out))
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Drops what C libraries print on standard error by themselves (libtiff does where a disk is full).
+
+    An exception says the same in one line. What Python prints is kept.
+    """
+    stderr = sys.__stderr__
+    if stderr is None or sys.stderr is not stderr:  # somebody reads it already
+        yield
+        return
+    stderr.flush()
+    with open(os.dup(2), "w", buffering=1) as kept, open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        sys.stderr = kept
+        try:
+            yield
+        finally:
+            os.dup2(kept.fileno(), 2)
+            sys.stderr = stderr
 
 
 @contextlib.contextmanager
@@ -194,7 +216,7 @@ def demo(out: str, weights: str, device: str, quiet: bool) -> None:
 
     from .inference.demo import mean_results, run_demo
 
-    with _progress("sharpening the sample scenes", quiet) as progress:
+    with _quiet_libraries(), _progress("sharpening the sample scenes", quiet) as progress:
         results = run_demo(out, weights=weights, device=device, progress=progress)
     table = Table("scene", "method", title="Reduced resolution, against the original MS")
     for heading in ("PSNR dB ↑", "SAM ° ↓", "ERGAS ↓", "s per megapixel"):

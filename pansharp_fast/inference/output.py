@@ -147,7 +147,9 @@ class Output:
         try:
             yield
         except (RasterioError, OSError) as error:
-            raise OSError(f"OUT: expected to write {self.path}, got {error.__cause__ or error}") from error
+            free = shutil.disk_usage(self.path.parent).free >> 20
+            cause = error.__cause__ or error
+            raise OSError(f"OUT: expected to write {self.path}, got {cause} ({free} MiB free there)") from error
 
     def write(self, top: int, left: int, values: NDArray[np.float32], valid: NDArray[np.bool_]) -> None:
         """Write a piece: values [C,H,W] unrounded, valid [H,W]."""
@@ -163,7 +165,12 @@ class Output:
             if self.cog:
                 written = self.folder / "cog.tif"
                 rasterio.shutil.copy(self.folder / "scene.tif", written, driver="COG", **self.final_options)
+            with open(written, "rb") as file:
+                os.fsync(file.fileno())
             with rasterio.open(written) as dataset:
+                # GDAL does not report what fails while it closes a file, as on a full disk: read everything back.
+                for _, window in dataset.block_windows(1):
+                    dataset.read(window=window)
                 if self.preview is not None:
                     write_preview(dataset, self.folder / "preview.png")
             if self.preview is not None:

@@ -14,6 +14,7 @@ import rasterio
 import torch
 from affine import Affine
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
@@ -266,7 +267,10 @@ class Scene:
         pan, ms = self.pan_file, self.ms_file
         xs, ys = ms.transform * points.T
         if pan.crs != ms.crs:
-            xs, ys = (np.array(values) for values in reproject(ms.crs, pan.crs, xs, ys))
+            try:
+                xs, ys = (np.array(values) for values in reproject(ms.crs, pan.crs, xs, ys))
+            except CPLE_BaseError:  # PROJ gives up on some points and calls others infinite
+                xs = ys = np.full(len(points), np.inf)
         return np.stack(~pan.transform * (xs, ys), 1)
 
     def read(self, row: Span, column: Span) -> tuple[Tensor, Tensor, Tensor] | None:

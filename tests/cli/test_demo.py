@@ -1,13 +1,12 @@
 """`pansharp-fast demo` on the scenes in the package, with a random network."""
 
-import math
+import dataclasses
 
 import numpy as np
 import rasterio
-import torch
 from scipy.ndimage import binary_dilation
 
-from pansharp_fast.inference.demo import MARGIN, NAMES, SCENES, mean_results, run_demo, whole_pair
+from pansharp_fast.inference.demo import MARGIN, NAMES, SCENES, Result, mean_results, whole_pair
 
 from .test_cli import run
 
@@ -43,10 +42,7 @@ def test_measures_leave_nodata_out():
     assert (ms > 0).all()
 
 
-def test_mean_is_over_scenes(weights, tmp_path):
-    results = run_demo(tmp_path, weights=weights)
-    assert [result.scene for result in results] == [name for name in NAMES for _ in range(3)]
-    for mean in mean_results(results):
-        own = [result for result in results if result.method == mean.method]
-        assert math.isclose(mean.psnr, sum(result.psnr for result in own) / 3)
-    assert torch.isfinite(torch.tensor([[r.psnr, r.sam, r.ergas, r.seconds] for r in results])).all()
+def test_mean_is_over_scenes():
+    results = [Result(name, method, k, 2 * k, 3 * k, 4 * k) for method in "ab" for k, name in enumerate(NAMES, 1)]
+    results[-1] = dataclasses.replace(results[-1], psnr=6.0)
+    assert mean_results(results) == [Result("mean", "a", 2, 4, 6, 8), Result("mean", "b", 3, 4, 6, 8)]
