@@ -11,6 +11,12 @@
 #include "cuda/runtime.cuh"
 #include "math/wavelet.h"
 
+#ifdef PSF_SIMT
+#define PSF_NOINLINE
+#else
+#define PSF_NOINLINE __noinline__
+#endif
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -128,20 +134,26 @@ __global__ void __launch_bounds__(kThreads) analysis_kernel(const T* x, T* y, Sh
   }
 }
 
-// Calls use(position, weight) for every extended position that takes sample n, the sample itself first.
+// Calls use(position, weight) for every extended position that takes sample n, the sample itself first. One loop and
+// one call of `use`, so that it is compiled once.
 template <class Use>
 __device__ inline void for_positions(const Axis& axis, int64_t n, Use use) {
-  use(n, 1);
-  if (axis.mode == kZero) return;
   const int64_t begin = axis.offset - (axis.taps - 1), end = axis.step * (axis.count - 1) + axis.offset + 1;
   const int64_t before = begin < 0 ? -begin : 0, after = end > axis.size ? end - axis.size : 0;
   const int64_t reach = before > after ? before : after;
-  if (n > reach && n < axis.size - 1 - reach) return;
-  for (int64_t b = 0; b < before + after; ++b) {
-    const int64_t position = b < before ? b - before : axis.size + b - before;
-    const Extension e = extension(axis.mode, position, axis.size);
-    for (int t = 0; t < e.count; ++t)
-      if (e.index[t] == n && e.weight[t] != 0) use(position, e.weight[t]);
+  const bool inner = axis.mode == kZero || (n > reach && n < axis.size - 1 - reach);
+  const int64_t last = inner ? 0 : before + after;
+#pragma unroll 1
+  for (int64_t b = -1; b < last; ++b) {
+    int64_t position = n, weight = 1;
+    if (b >= 0) {
+      position = b < before ? b - before : axis.size + b - before;
+      const Extension e = extension(axis.mode, position, axis.size);
+      weight = 0;  // no two terms of a border sample are the same sample, but those of antireflect on two samples
+      for (int t = 0; t < e.count; ++t) weight += e.index[t] == n ? e.weight[t] : 0;
+      if (weight == 0) continue;
+    }
+    use(position, weight);
   }
 }
 
@@ -185,16 +197,21 @@ __device__ inline void join_row(const T* const* rows, int64_t stride, const Axis
   });
 }
 
+// join_row for a row outside the block's tile: only borders that wrap around need one.
+template <class T, class A>
+PSF_NOINLINE __device__ void far_row(const T* const* rows, int64_t stride, const Axis& axis, const Taps<A>& f,
+                                     int64_t c, A& low, A& high) {
+  join_row<0>(rows, stride, axis, f, c, low, high);
+}
+
 template <class T, class A, int kTaps>
 __global__ void __launch_bounds__(kThreads) synthesis_kernel(Bands<T> bands, T* x, Shape s, Taps<A> f) {
   PSF_DYNAMIC_SHARED(A, lines);  // low, then high: [2][s.lines][s.tile_x]
   const Place p = place_of(blockIdx.x, s);
   A* high_lines = lines + s.lines * s.tile_x;
-  const auto row_of = [&](int64_t i, int64_t c, A& low, A& high) {
-    const T* rows[4];
+  const auto rows_of = [&](int64_t i, const T** rows) {
     for (int b = 0; b < 4; ++b)
       rows[b] = bands.band[b] + p.plane * s.plane[b] + (i * s.dilation + p.phase_y) * s.row[b] + p.phase_x;
-    join_row<kTaps>(rows, s.dilation, s.x, f, c, low, high);
   };
   const int64_t from = p.y0 - s.y.offset;
   const int64_t first = s.y.step == 1 ? from : (from - (from & 1)) / 2;  // coefficient row of line 0
@@ -202,7 +219,11 @@ __global__ void __launch_bounds__(kThreads) synthesis_kernel(Bands<T> bands, T* 
   for (int t = threadIdx.x; t < s.lines * s.tile_x; t += kThreads) {
     const int64_t i = first + t / s.tile_x, c = p.x0 + t % s.tile_x;
     A low = A(0), high = A(0);
-    if (i >= 0 && i < s.y.count && c < s.x.size) row_of(i, c, low, high);
+    if (i >= 0 && i < s.y.count && c < s.x.size) {
+      const T* rows[4];
+      rows_of(i, rows);
+      join_row<kTaps>(rows, s.dilation, s.x, f, c, low, high);
+    }
     lines[t] = low;
     high_lines[t] = high;
   }
@@ -221,7 +242,9 @@ __global__ void __launch_bounds__(kThreads) synthesis_kernel(Bands<T> bands, T* 
           low = lines[(i - first) * s.tile_x + t % s.tile_x];
           high = high_lines[(i - first) * s.tile_x + t % s.tile_x];
         } else {
-          row_of(i, c, low, high);
+          const T* rows[4];
+          rows_of(i, rows);
+          far_row(rows, s.dilation, s.x, f, c, low, high);
         }
         part += f.y[0][k] * low + f.y[1][k] * high;
       });

@@ -53,6 +53,12 @@ class Level(NamedTuple):
     def modes(self) -> tuple[str, str]:
         return MODES[self.mode_y], MODES[self.mode_x]
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the backends' checks look at."""
+        longest = max(len(self.taps_y), len(self.taps_x)) // 2
+        return {"mode": self.modes, "taps": longest, "dilation": self.dilation}
+
 
 def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.level = Level(*inputs[1:])
@@ -76,6 +82,7 @@ _library.define(
     "wavelet_fwd",
     f"(Tensor x, {_FILTERS}) -> Tensor",
     fake=_fwd_fake,
+    triton_module="wavelet",
     setup_context=_fwd_setup,
     backward=_fwd_backward,
 )
@@ -83,6 +90,7 @@ _library.define(
     "wavelet_bwd",
     f"(Tensor a, Tensor h, Tensor v, Tensor d, {_FILTERS}, SymInt height, SymInt width) -> Tensor",
     fake=_bwd_fake,
+    triton_module="wavelet",
     setup_context=_bwd_setup,
     backward=_bwd_backward,
 )
@@ -100,10 +108,33 @@ def _selfcheck(backend: str, device: torch.device) -> None:
         torch.testing.assert_close(_synthesis(y.unbind(1), level, x.shape[1:], backend), back)
 
 
+#: Taps that the CUDA kernels take: the longest filter of PyWavelets has 102.
+_MOST_CUDA_TAPS = 104
+
+
+def _check_cuda(*tensors: torch.Tensor, taps: int = 2, dilation: int = 1, **_: Any) -> list[str]:
+    found = []
+    if taps > _MOST_CUDA_TAPS:
+        found.append(f"wavelet: expected at most {_MOST_CUDA_TAPS} taps, got {taps}")
+    if any(n % dilation for n in tensors[0].shape[-2:]):
+        found.append(f"data: expected multiples of the tap spacing {dilation}, got {tuple(tensors[0].shape)}")
+    return found
+
+
+def _check_triton(*_: torch.Tensor, mode: Any = "symmetric", **__: Any) -> list[str]:
+    return [
+        f"mode: expected a border of single samples, got {each}"
+        for each in dict.fromkeys(_pair("mode", mode))
+        if each in ("smooth", "antireflect")
+    ]
+
+
 OPERATOR = register(
     Operator(
         "wavelet",
         support={
+            "cuda": Support(("cuda",), FLOATING, _check_cuda),
+            "triton": Support(("cuda", "xpu"), FLOATING, _check_triton),
             "cpu": Support(("cpu",), FLOATING),
             "reference": Support(("cpu", "cuda", "xpu", "mps", "meta"), FLOATING),
         },
@@ -114,7 +145,7 @@ OPERATOR = register(
 
 def _analysis(x: torch.Tensor, level: Level, backend: str | None = None) -> torch.Tensor:
     """[N, H, W] -> [N, 4, H', W'] on the chosen backend."""
-    chosen = select(OPERATOR, [x], backend, mode=level.modes)
+    chosen = select(OPERATOR, [x], backend, **level.options)
     if chosen == "reference":
         return reference.analysis(x, level.taps_y, level.taps_x, *level.modes, level.dilation)
     return _library.call("wavelet_fwd", chosen, x, *level)
@@ -124,7 +155,7 @@ def _synthesis(
     bands: Sequence[torch.Tensor], level: Level, size: Sequence[int], backend: str | None = None
 ) -> torch.Tensor:
     """Four bands [N, H', W'] -> [N, *size], the transpose of `_analysis`."""
-    chosen = select(OPERATOR, bands, backend, mode=level.modes)
+    chosen = select(OPERATOR, bands, backend, **level.options)
     if chosen == "reference":
         return reference.synthesis(bands, level.taps_y, level.taps_x, *level.modes, level.dilation, *size)
     return _library.call("wavelet_bwd", chosen, *bands, *level, *size)

@@ -23,14 +23,19 @@ ALL_MODES = MODES[:-1]
 WAVELETS = pywt.wavelist(kind="discrete")
 ORTHOGONAL = [name for name in WAVELETS if pywt.Wavelet(name).orthogonal]
 SIZES = [1, 2, 3, 5, 6, 7, 16, 31, 63, 64, 65, 130]
-BACKENDS = [name for name in OPERATOR.support if not reasons(OPERATOR, name, [torch.zeros(1)], mode="zero")]
+# The interpreter of Triton takes a second for what others do at once: it has tests of its own below.
+BACKENDS = [
+    name
+    for name in OPERATOR.support
+    if name != "triton" and not reasons(OPERATOR, name, [torch.zeros(1, 1)], mode="zero")
+]
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 each_mode = pytest.mark.parametrize("mode", MODES)
 
 
 def covered(backend: str, *modes: str) -> bool:
-    return not reasons(OPERATOR, backend, [torch.zeros(1)], mode=modes)
+    return not reasons(OPERATOR, backend, [torch.zeros(1, 1)], mode=modes)
 
 
 def require(backend: str, *modes: str) -> None:
@@ -186,21 +191,24 @@ def test_swt2_starts_at_a_level() -> None:
 
 @backends
 @settings(max_examples=25, deadline=None)
-@given(wavelet=st.sampled_from(WAVELETS), mode=st.sampled_from(ALL_MODES), seed=st.integers(0, 99))
+@given(
+    wavelet=st.sampled_from([name for name in WAVELETS if name != "dmey"]),  # a truncated filter: not exact by design
+    mode=st.sampled_from(ALL_MODES),
+    seed=st.integers(0, 99),
+)
 def test_perfect_reconstruction(backend: str, wavelet: str, mode: str, seed: int) -> None:
     if not covered(backend, mode):
         return
     height, width = 10 + seed % 13, 12 + seed % 7
     x = random(height, width, seed=seed)
     back = idwt2(dwt2(x, wavelet, mode, backend=backend), wavelet, mode, backend=backend)[:height, :width]
-    # The tables of dmey and of the longest filters reconstruct to this only.
-    torch.testing.assert_close(back, x, rtol=0, atol=3e-6 if wavelet in ("dmey",) else 1e-6)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-8)  # the tables have ten digits
     x = random(8, 16, seed=seed)
     torch.testing.assert_close(
         iswt2(swt2(x, wavelet, 2, backend=backend), wavelet, backend=backend),
         x,
         rtol=0,
-        atol=3e-6 if wavelet in ("dmey",) else 1e-6,
+        atol=1e-8,
     )
 
 
@@ -383,6 +391,73 @@ def test_big_results_are_right() -> None:
     torch.testing.assert_close(idwt2(y, "haar", backend="cpu"), x)
     s = swt2(x[:3], "haar", 1, stack=True, backend="cpu")[0]
     torch.testing.assert_close(s[2], swt2(x[2], "haar", 1, stack=True, backend="reference")[0])
+
+
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+
+needs_triton = pytest.mark.skipif(
+    bool(reasons(OPERATOR, "triton", [torch.zeros(1, 1)], mode="zero")),
+    reason="triton runs neither here nor interpreted",
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("smooth", "antireflect")])
+def test_triton_is_the_reference(mode: str) -> None:
+    one = level("db2", mode, second="bior1.3")
+    x = random(1, 3, 8)
+    expected = _analysis(x, one, "reference")
+    same(_analysis(x, one, "triton"), expected)
+    same(
+        _synthesis(expected.unbind(1), one, (3, 8), "triton"), _synthesis(expected.unbind(1), one, (3, 8), "reference")
+    )
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_haar(dtype: torch.dtype) -> None:
+    x = random(2, 10, 70, dtype=dtype)
+    for mode, dilation in (("symmetric", 1), ("stationary", 2)):
+        one = level("haar", mode, dilation)
+        expected = _analysis(x.double(), one, "reference")
+        floor = torch.finfo(dtype).eps / 8
+        plain = _error(_analysis(x, one, "reference"), expected)
+        assert _error(_analysis(x, one, "triton"), expected) <= 2 * max(plain, floor)
+
+
+@needs_triton
+def test_triton_gradient_empty_batch_and_strides() -> None:
+    x = random(1, 7, 6).mT.requires_grad_()
+    other = x.detach().clone().requires_grad_()
+    dwt2(x, "db2", "reflect", stack=True, backend="triton").square().sum().backward()
+    dwt2(other, "db2", "reflect", stack=True, backend="reference").square().sum().backward()
+    torch.testing.assert_close(x.grad, other.grad)
+    assert dwt2(x[:0], "db2", stack=True, backend="triton").shape == (0, 4, 4, 5)
+    one = level("haar", "zero")
+    torch.library.opcheck(torch.ops.pansharp_fast.wavelet_fwd_triton.default, (random(1, 2, 4).requires_grad_(), *one))
+
+
+@needs_triton
+def test_triton_index_arithmetic_beyond_32_bits(tmp_path: Any) -> None:
+    rows, plane = 2**28 + 8, 2**32 + 16
+    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=plane + 12 * rows, dtype=torch.float32)
+    x = storage.as_strided((2, 10, 12), (plane, rows, 1))
+    x.copy_(random(2, 10, 12))
+    one = level("haar", "symmetric")
+    expected = _analysis(x.contiguous(), one, "reference")
+    torch.testing.assert_close(_analysis(x, one, "triton"), expected)
+    far = storage.as_strided((2, 5, 6), (plane, rows, 1))
+    far.copy_(expected[:, 0])
+    four = [far, *expected.unbind(1)[1:]]
+    torch.testing.assert_close(
+        _synthesis(four, one, (10, 12), "triton"), _synthesis(expected.unbind(1), one, (10, 12), "reference")
+    )
+
+
+@needs_triton
+def test_triton_refuses_what_it_does_not_cover() -> None:
+    with pytest.raises(BackendError, match="mode: expected a border of single samples, got smooth"):
+        dwt2(random(4, 4), "haar", "smooth", backend="triton")
 
 
 # ---- torch.library and torch.compile ---------------------------------------------------------------------------------
