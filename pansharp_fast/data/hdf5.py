@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import h5py
 import numpy as np
@@ -155,13 +155,21 @@ def flip_rotate(
     return out
 
 
+class Samples(Protocol):
+    """What `Epochs` reads from: `PanCollection`, or one that adds tensors to its samples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]: ...
+
+
 class Epochs(Dataset[dict[str, torch.Tensor]]):
     """`data` over several epochs; an index is (epoch, index in data).
 
     With `augment` a sample comes in a random orientation (`flip_rotate`) that follows from seed, epoch and index.
     """
 
-    def __init__(self, data: PanCollection, seed: int, augment: bool) -> None:
+    def __init__(self, data: Samples, seed: int, augment: bool) -> None:
         self.data, self.seed, self.augment = data, seed, augment
 
     def __len__(self) -> int:

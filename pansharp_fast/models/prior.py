@@ -38,7 +38,7 @@ class PriorConfig:
         if name == "paper":
             return cls(bands=bands)
         if name == "tiny":
-            return cls(bands=bands, hidden=24, blocks=2)
+            return cls(bands=bands, hidden=16, blocks=2)
         raise ValueError(f"preset: expected one of ['paper', 'released', 'tiny'], got {name!r}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,6 +92,8 @@ class PriorNet(nn.Module):
         for number in range(config.blocks):
             self.add_module(f"res{number + 1}", _ResidualUnit(config.hidden))
         self.conv3 = nn.Conv2d(config.hidden, 2 * config.bands, 3, padding=1)
+        for parameter in self.conv3.parameters():
+            nn.init.zeros_(parameter)  # a fresh network gives lms
         self.register_load_state_dict_pre_hook(_drop_duplicates)
 
     def forward(self, lms: Tensor, pan: Tensor) -> PriorOutput:

@@ -9,7 +9,12 @@ from typing import Any
 from .config import TrainConfig, load_config
 
 #: Recipe -> (module, class).
-RECIPES = {"pancrafter": ("pancrafter", "PANCrafterRecipe")}
+RECIPES = {
+    "pancrafter": ("pancrafter", "PANCrafterRecipe"),
+    "prior": ("uknow", "PriorRecipe"),
+    "teacher": ("uknow", "TeacherRecipe"),
+    "student": ("uknow", "StudentRecipe"),
+}
 
 __all__ = ["RECIPES", "TrainConfig", "load_config", "recipe_class", "train"]
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..data.hdf5 import Epochs, PanCollection
+from ..data.hdf5 import Epochs, PanCollection, Samples
 from ..data.sensors import get_sensor
 from .checkpoint import load_optimizer, load_state, optimizer_tensors, save_state
 from .config import TrainConfig
@@ -43,6 +43,10 @@ class Recipe(Protocol):
 
     def build(self, bands: int, device: torch.device) -> nn.Module:
         """The module whose parameters are trained. Frozen helpers belong to the recipe, moved to `device` here."""
+        ...
+
+    def training_data(self, data: PanCollection) -> Samples:
+        """What training samples are read from, called after `build`: `data`, or the same samples with more in them."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -310,7 +314,7 @@ class Trainer:
             model = nn.parallel.DistributedDataParallel(
                 self.model, [self.device] if self.device.index is not None else None
             )
-        data = Epochs(self.train_data, config.seed, config.augment)
+        data = Epochs(self.recipe.training_data(self.train_data), config.seed, config.augment)
         batches = _Batches(len(self.train_data), config, self.step, self.rank, self.world)
         loader = DataLoader(
             data, batch_sampler=batches, num_workers=config.workers, pin_memory=self.device.type == "cuda"

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.hdf5 import PanCollection
 from ..models.checkpoint import save_model
 from ..models.pancrafter import MS_MODE, PAN_MODE, PANCrafter, preset, resize
 from .config import TrainConfig, key
@@ -53,6 +54,9 @@ class PANCrafterRecipe:
 
     def build(self, bands: int, device: torch.device) -> nn.Module:
         return PANCrafter(preset(self.config.preset, bands=bands))
+
+    def training_data(self, data: PanCollection) -> PanCollection:
+        return data
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         pan, lpan, ms, gt = (batch[name] * 2 - 1 for name in ("pan", "lpan", "ms", "gt"))

@@ -41,7 +41,9 @@ def assert_near(actual, expected, tolerance):
 def tiny(cls, bands=4, **changes):
     torch.manual_seed(1)
     config = FSAConfig.preset("tiny", bands=bands, teacher=cls is FSATeacher)
-    return cls(dataclasses.replace(config, **changes)).eval()
+    model = cls(dataclasses.replace(config, **changes)).eval()
+    torch.nn.init.normal_(model.final_conv.block[3].weight, std=0.1)  # zero in a fresh network
+    return model
 
 
 def images(height, width, bands=4, batch=1):
@@ -115,6 +117,14 @@ def test_any_size_is_padded_and_cropped(cls, size):
         assert (result.variance > 0).all()
 
 
+@pytest.mark.parametrize("cls", [FSAStudent, FSATeacher])
+def test_fresh_network_predicts_no_residual(cls):
+    model = cls(FSAConfig.preset("tiny", bands=4, teacher=cls is FSATeacher))
+    lms, pan = images(8, 8)
+    assert not model(torch.randn_like(lms), torch.tensor([3]), model.condition(lms, pan)).out.any()
+    torch.testing.assert_close(PriorNet(PriorConfig.preset("tiny", bands=4))(lms, pan).out, lms)
+
+
 def test_padding_repeats_the_border():
     model = tiny(FSAStudent)
     lms, pan = images(10, 12)
@@ -132,6 +142,9 @@ def test_padding_repeats_the_border():
 @pytest.mark.parametrize("cls", [FSAStudent, FSATeacher])
 def test_every_parameter_gets_a_gradient(cls):
     model = tiny(cls).train()
+    for module in model.modules():
+        if hasattr(module, "drop_path_prob"):
+            module.drop_path_prob = 0.0  # a dropped branch gets none
     lms, pan = images(16, 16, batch=2)
     result = model(torch.randn_like(lms), torch.tensor([3, 400]), model.condition(lms, pan), torch.randn_like(lms))
     (result.out.square().mean() + (0 if result.variance is None else result.variance.mean())).backward()
