@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.hdf5 import PanCollection
-from ..models.checkpoint import save_model
+from ..models.checkpoint import load_model, save_model
 from ..models.pancrafter import MS_MODE, PAN_MODE, PANCrafter, preset, resize
 from .config import TrainConfig, key
 from .loop import Batch
@@ -31,6 +31,7 @@ class PANCrafterTrainConfig(TrainConfig):
     """Keys of `TrainConfig` and these."""
 
     preset: str = key("network: paper, released or tiny", "paper")
+    init: str | None = key("weights to start from, a file or a shipped name, over preset", None)
     pan_weight: float = key("weight of the PAN mode's loss (lambda of eq. 4)", 1.0)
     pan_share: float = key("share of the batch that is reconstructed in PAN mode too, above 0", 1.0)
     sam_weight: float = key("weight of the mean spectral angle (radians) beside L1; the paper has none", 0.0)
@@ -53,6 +54,8 @@ class PANCrafterRecipe:
         self.config = config
 
     def build(self, bands: int, device: torch.device) -> nn.Module:
+        if self.config.init is not None:
+            return load_model(self.config.init, bands=bands)
         return PANCrafter(preset(self.config.preset, bands=bands))
 
     def training_data(self, data: PanCollection) -> PanCollection:

@@ -52,15 +52,16 @@ def blur(image: torch.Tensor, gains: np.ndarray, ratio: float, shifts: np.ndarra
     return torch.fft.irfft2(spectrum, s=padded.shape[-2:])[:, PAD:-PAD, PAD:-PAD]
 
 
-def acquire(image: torch.Tensor, rng: np.random.Generator, scale: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def acquire(
+    image: torch.Tensor, rng: np.random.Generator, scale: int, corrected_share: float = 0.4, plain_share: float = 0.15
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One pretended acquisition of `image` [4, H, W] in [0, 1]: gt [4, h, w], ms [4, h/4, w/4], pan [h, w], 11 bits.
 
-    `scale` is the coarsening of the ground resolution: h is about H / scale.
+    `scale` is the coarsening of the ground resolution: h is about H / scale. Two shares of the acquisitions differ in
+    kind: corrected for haze (dark floor near 0, long bright tail), and plain (reduced without a low-pass filter, with
+    pixel areas aligned, PAN as sharp as it comes).
     """
-    # Two kinds of radiometry: with haze, and corrected for it (dark floor near 0, long bright tail).
-    corrected = rng.random() < 0.4
-    # Plain products: reduced without a low-pass filter, with pixel areas aligned, PAN as sharp as it comes.
-    plain = rng.random() < 0.15
+    corrected, plain = rng.random() < corrected_share, rng.random() < plain_share
 
     # Scene radiance: undo an unknown tone curve of the producer.
     image = image ** float(uniform(rng, 1.4, 3.0) if corrected else uniform(rng, 0.8, 2.0))
@@ -161,8 +162,11 @@ def main() -> None:
     parser.add_argument("imagery", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=12, help="acquisitions of each training image")
+    parser.add_argument("--corrected", type=float, default=0.4, help="share of acquisitions corrected for haze")
+    parser.add_argument("--plain", type=float, default=0.15, help="share of plain acquisitions")
     parser.add_argument("--seed", type=int, default=2025)
     arguments = parser.parse_args()
+    kinds = arguments.corrected, arguments.plain
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
 
@@ -179,7 +183,7 @@ def main() -> None:
         for path in chips:
             if path.name.startswith(cities):
                 scale = 1 + int(rng.random() < 0.5)
-                samples += crops(rng, 128, 1, acquire(read(path), rng, scale))
+                samples += crops(rng, 128, 1, acquire(read(path), rng, scale, *kinds))
         write(arguments.out / f"{split}.h5", samples)
 
     rng = np.random.default_rng([arguments.seed, 0])
@@ -192,7 +196,7 @@ def main() -> None:
             scale = int(rng.choice([1, 2, 3], p=[0.3, 0.4, 0.3])) if min(image.shape[1:]) >= 192 else 1
             count = max(1, round({1: 6, 2: 3, 3: 2}[scale] * area))
             # 68 pixels: training on all orientations leaves 64 of them (data.flip_rotate).
-            samples += crops(rng, 68, count, acquire(image, rng, scale))
+            samples += crops(rng, 68, count, acquire(image, rng, scale, *kinds))
     order = rng.permutation(len(samples))
     write(arguments.out / "train.h5", [samples[i] for i in order])
 

@@ -61,6 +61,7 @@ def test_held_out_cities_do_not_overlap(prepare):
     assert not set(prepare.VALID_CITIES) & set(prepare.TEST_CITIES)
 
 
-def test_configuration():
-    config = load_config(recipe_class("pancrafter").config_class, FOLDER / "train.yaml")
-    assert config.preset == "tiny"
+@pytest.mark.parametrize("stage", [1, 2])
+def test_configurations(stage):
+    config = load_config(recipe_class("pancrafter").config_class, FOLDER / f"stage{stage}.yaml")
+    assert config.train == f"runs/tiny/stage{stage}/train.h5"

@@ -76,6 +76,18 @@ def test_spectral_angle_of_a_known_rotation():
     assert bool(same.grad.isfinite().all())
 
 
+def test_starting_from_weights(tmp_path):
+    from pansharp_fast.models import PANCrafter, preset, save_model
+
+    model = PANCrafter(preset("tiny", bands=4, num_heads=8))
+    save_model(tmp_path / "w.safetensors", model)
+    built = recipe(init=tmp_path / "w.safetensors", preset="paper").build(4, torch.device("cpu"))
+    assert built.config == model.config
+    assert all(torch.equal(value, built.state_dict()[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="expected a model for 8 bands"):
+        recipe(init=tmp_path / "w.safetensors").build(8, torch.device("cpu"))
+
+
 def test_prediction_is_the_models_own_sharpening():
     """`predict` on shares of the peak and the model's `sharpen` on digital numbers are one function."""
     ours = recipe(preset="tiny")
