@@ -79,7 +79,9 @@ def acquire(
     # Optics: sharpness of PAN and MS at the output's Nyquist frequency, shifts in output pixels.
     base = uniform(rng, 0.08, 0.6) if rng.random() < 0.85 else uniform(rng, 0.01, 0.08)
     gt_gains = np.clip(base * log_uniform(rng, 0.8, 1.25, bands), 0.005, 0.95)
-    pan_gain = uniform(rng, 0.5, 0.95) if plain else np.clip(base * log_uniform(rng, 0.5, 3.0), 0.05, 0.9)
+    pan_gain = np.clip(base * log_uniform(rng, 0.5, 3.0), 0.05, 0.9)
+    if plain:
+        gt_gains, pan_gain = np.clip(gt_gains, 0.005, 0.3), uniform(rng, 0.8, 0.999)
     gt_shift = rng.normal(0, 0.04, (bands, 2))
     kind = rng.random()
     if kind < 0.25:
