@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 NAMESPACE = "pansharp_fast"
+# Dispatch keys that Python implementations are registered for.
+DEVICES = ("CPU", "CUDA", "XPU")
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -26,6 +28,7 @@ def define(
     triton_module: str | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    implementation: Callable[..., Any] | None = None,
 ) -> None:
     """Define `pansharp_fast::name` and, with `triton_module`, `pansharp_fast::name_triton`.
 
@@ -36,6 +39,9 @@ def define(
         triton_module: module below `pansharp_fast.kernels` holding a function called `name`; imported on first use.
         setup_context, backward: as in `torch.library.register_autograd`; derivatives are refused without them. backward
             finds `ctx.backend`, to be handed to `call`, so that the gradient runs where the forward ran.
+        implementation: for a half made of torch's operators and passes (`define_pass`), on every device:
+            `implementation(passes, *arguments)`, where `passes` holds the passes as attributes, compiled ones or those
+            of `triton_module`.
     """
     names = [name] if triton_module is None else [name, f"{name}_triton"]
     for each in names:
@@ -48,10 +54,17 @@ def define(
 
         def call_triton(*args: Any) -> Any:
             module = importlib.import_module(f"pansharp_fast.kernels.{triton_module}")
-            return getattr(module, name)(*args)
+            return getattr(module, name)(*args) if implementation is None else implementation(module, *args)
 
-        for key in ("CPU", "CUDA", "XPU"):
+        for key in DEVICES:
             _library.impl(f"{name}_triton", call_triton, key)
+    if implementation is not None:
+
+        def call_compiled(*args: Any) -> Any:
+            return implementation(torch.ops.pansharp_fast, *args)
+
+        for key in DEVICES:
+            _library.impl(name, call_compiled, key)
 
 
 def _refuse(name: str, ctx: Any, *grads: Any) -> Any:
@@ -70,3 +83,11 @@ def _setup_with_backend(setup_context: Callable[..., None] | None, backend: str)
 def call(name: str, backend: str, *args: Any) -> Any:
     """Run operator half `name` on `ctx.backend` or a backend chosen by `select` (not "reference")."""
     return getattr(torch.ops.pansharp_fast, f"{name}_triton" if backend == "triton" else name)(*args)
+
+
+def define_pass(schema: str) -> None:
+    """Define `pansharp_fast::<schema>`, a step of an operator half that is itself implemented in Python.
+
+    Compiled code implements it; called below autograd and tracing it needs neither a gradient nor a fake kernel.
+    """
+    _library.define(schema)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ..reference import frequency_attention as reference
-from . import _backends
-from ._backends import FLOATING, Operator, Support
+from . import _library
+from ._backends import FLOATING, Operator, Support, register, select
 
 
 def frequency_attention(
@@ -52,10 +56,223 @@ def frequency_attention(
         raise ValueError(f"q: expected height and width of at least 1, got {list(q.shape)}")
     if num_heads < 1 or q.shape[1] % num_heads or q.shape[1] == 0:
         raise ValueError(f"num_heads: expected a divisor of C = {q.shape[1]}, got {num_heads}")
-    _backends.select(OPERATOR, (q, k, v), backend)
-    return reference(q, k, v, num_heads=num_heads, scale=scale, normalize=normalize)
+    chosen = select(OPERATOR, (q, k, v), backend)
+    scale = (q.shape[1] // num_heads) ** -0.5 if scale is None else float(scale)
+    if chosen == "reference":
+        return reference(q, k, v, num_heads=num_heads, scale=scale, normalize=normalize)
+    return _library.call("frequency_attention_fwd", chosen, q, k, v, num_heads, scale, normalize)[0]
 
 
-OPERATOR = _backends.register(
-    Operator("frequency_attention", {"reference": Support(("cpu", "cuda", "xpu", "mps"), FLOATING)})
+# The halves are Python around torch's FFTs; what stands between those is compiled. A pass is found as
+# `<passes>.frequency_attention_<pass>` in torch.ops.pansharp_fast or in the module of Triton kernels. Spectra are real
+# views [B, C, H, W // 2 + 1, 2] that a pass may overwrite: each is used once.
+_PASSES = (
+    # [B, 1, H, W]: 1 / the norm over channels, in the type of the spectra.
+    "inverse_norm(Tensor x) -> Tensor",
+    # grad: of x * inverse_norm(x), becomes that of x.
+    "normalize_bwd(Tensor x, Tensor inverse, Tensor(a!) grad) -> ()",
+    # [B, num_heads, 2, D, D]: Gram matrices of amplitudes and of phases.
+    "gram(Tensor q, Tensor k, int num_heads, int width) -> Tensor",
+    # q and k become the spectra of their gradients.
+    "gram_bwd(Tensor(a!) q, Tensor(b!) k, Tensor grad, int num_heads, int width) -> ()",
+    # v becomes the spectrum of the result.
+    "apply(Tensor(a!) v, Tensor attention, int num_heads, int width) -> ()",
+    # v becomes the spectrum of its gradient; returns the attention's.
+    "apply_bwd(Tensor(a!) v, Tensor grad, Tensor attention, int num_heads, int width) -> Tensor",
+    # Compiled for the CPU alone. out [B, C, H, W] = re + im over the whole plane of frequencies; with it the inverse
+    # transform is hartley(rfft2(hartley(spectrum))), half the time of torch's irfft2 there.
+    "hartley(Tensor spectrum, Tensor(a!) out) -> ()",
+    # For tests of their accuracy: [N, 2] -> amplitudes and phases [2, N], and phases [N] -> unit vectors [N, 2].
+    "polar(Tensor values) -> Tensor",
+    "unit(Tensor phases) -> Tensor",
+)
+for _schema in _PASSES:
+    _library.define_pass(f"frequency_attention_{_schema}")
+
+#: Bytes of one spectrum worked on at a time. Heads are independent: on the CPU a few of them pass through everything
+#: while they stay in the cache; a GPU would rather have all of its work at once, as long as memory allows.
+CHUNK_BYTES = {"cpu": 4 << 20, "gpu": 1 << 30}
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """Of spectra: torch has no FFT of bfloat16."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _chunks(x: Tensor, num_heads: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices of the batch, of the heads and of the channels that are worked on together."""
+    batch, channels, height, width = x.shape
+    head_bytes = channels // num_heads * height * (width // 2 + 1) * 2 * _dtype(x).itemsize
+    together = max(1, CHUNK_BYTES["cpu" if x.device.type == "cpu" else "gpu"] // head_bytes)
+    images = min(batch, together)
+    heads = min(num_heads, max(1, together // images))
+    depth = channels // num_heads
+    for image in range(0, batch, images):
+        for head in range(0, num_heads, heads):
+            last = min(head + heads, num_heads)
+            yield slice(image, image + images), slice(head, last), slice(head * depth, last * depth)
+
+
+class _Input:
+    """q, k or v: spectra of its chunks, divided by its norm over channels if asked."""
+
+    def __init__(self, passes: Any, x: Tensor, normalize: bool) -> None:
+        # The passes take pixels that are one run of equal strides.
+        in_order = not normalize or x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3)
+        self.x = x if in_order else x.contiguous()
+        self.passes = passes
+        self.inverse = passes.frequency_attention_inverse_norm(self.x) if normalize else None
+
+    def spectrum(self, images: slice, channels: slice) -> Tensor:
+        chunk = self.x[images, channels]
+        chunk = chunk.to(_dtype(chunk)) if self.inverse is None else chunk * self.inverse[images]
+        return _spectrum(chunk)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Gradient of x from that of its normalised form, which it overwrites."""
+        if self.inverse is not None:
+            self.passes.frequency_attention_normalize_bwd(self.x, self.inverse, grad)
+        return grad.to(self.x.dtype)
+
+
+def _spectrum(x: Tensor) -> Tensor:
+    return torch.view_as_real(torch.fft.rfft2(x, norm="ortho").contiguous())
+
+
+def _invert(passes: Any, spectrum: Tensor, out: Tensor) -> None:
+    """irfft2 of a spectrum into `out` [B, C, H, W], a slice of a contiguous tensor."""
+    if passes is torch.ops.pansharp_fast and out.device.type == "cpu":
+        plane = out.new_empty(out.shape, dtype=spectrum.dtype)
+        passes.frequency_attention_hartley(spectrum, plane)
+        same = out.dtype == plane.dtype
+        passes.frequency_attention_hartley(_spectrum(plane), out if same else plane)
+        if not same:
+            out.copy_(plane)
+    else:
+        out.copy_(torch.fft.irfft2(torch.view_as_complex(spectrum), s=out.shape[-2:], norm="ortho"))
+
+
+def _forward(
+    passes: Any, q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    width = q.shape[3]
+    out, attention = _forward_fake(q, k, v, num_heads, scale, normalize)
+    if q.shape[0] == 0:
+        return out, attention
+    query, key, value = (_Input(passes, x, normalize) for x in (q, k, v))
+    for images, heads, channels in _chunks(q, num_heads):
+        count = heads.stop - heads.start
+        gram = passes.frequency_attention_gram(
+            query.spectrum(images, channels), key.spectrum(images, channels), count, width
+        )
+        part = torch.softmax(gram.mul_(scale), dim=-1).to(attention.dtype)
+        attention[images, heads] = part
+        spectrum = value.spectrum(images, channels)
+        passes.frequency_attention_apply(spectrum, part, count, width)
+        _invert(passes, spectrum, out[images, channels])
+    return out, attention
+
+
+def _gradients(
+    passes: Any,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention: Tensor,
+    num_heads: int,
+    scale: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. Everything but the attention is computed again."""
+    if q.shape[0] == 0:
+        return _backward_fake(grad, q, k, v, attention, num_heads, scale, normalize)
+    width = q.shape[3]
+    query, key, value = (_Input(passes, x, normalize) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=_dtype(q), device=q.device) for _ in range(3))
+    for images, heads, channels in _chunks(q, num_heads):
+        count = heads.stop - heads.start
+        part = attention[images, heads].contiguous()
+        spectrum = value.spectrum(images, channels)
+        grad_part = passes.frequency_attention_apply_bwd(
+            spectrum, _spectrum(grad[images, channels].to(_dtype(q))), part, count, width
+        )
+        _invert(passes, spectrum, grad_v[images, channels])
+        weighted = part * grad_part
+        grad_gram = (scale * (weighted - part * weighted.sum(-1, keepdim=True))).to(_dtype(q))
+        q_spectrum, k_spectrum = query.spectrum(images, channels), key.spectrum(images, channels)
+        passes.frequency_attention_gram_bwd(q_spectrum, k_spectrum, grad_gram, count, width)
+        _invert(passes, q_spectrum, grad_q[images, channels])
+        _invert(passes, k_spectrum, grad_k[images, channels])
+    return query.gradient(grad_q), key.gradient(grad_k), value.gradient(grad_v)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    depth = q.shape[1] // num_heads
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], num_heads, 2, depth, depth), dtype=_dtype(q))
+
+
+def _backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, attention: Tensor, num_heads: int, scale: float, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.options = inputs[3:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    gradients = _library.call("frequency_attention_bwd", ctx.backend, grad, *ctx.saved_tensors, *ctx.options)
+    return (*gradients, None, None, None)
+
+
+_OPTIONS = "int num_heads, float scale, bool normalize"
+_library.define(
+    "frequency_attention_fwd",
+    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    fake=_forward_fake,
+    triton_module="frequency_attention",
+    setup_context=_setup_context,
+    backward=_backward,
+    implementation=_forward,
+)
+_library.define(
+    "frequency_attention_bwd",
+    f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor attention, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    triton_module="frequency_attention",
+    implementation=_gradients,
+)
+
+
+def _selfcheck(backend: str, device: torch.device) -> None:
+    """Forward and gradients on a tiny input against the reference; raises where they differ."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, 6, 7, 10, generator=generator).to(device).requires_grad_() for _ in range(3)]
+    results = []
+    for name in (backend, "reference"):
+        out = frequency_attention(*tensors, num_heads=2, scale=0.05, backend=name)
+        results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
+    for own, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+
+
+OPERATOR = register(
+    Operator(
+        "frequency_attention",
+        {
+            "triton": Support(("cuda", "xpu"), (torch.float32, torch.bfloat16, torch.float16)),
+            "cpu": Support(("cpu",), FLOATING),
+            "reference": Support(("cpu", "cuda", "xpu", "mps"), FLOATING),
+        },
+        selfcheck=_selfcheck,
+    )
 )

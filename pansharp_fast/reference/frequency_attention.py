@@ -20,14 +20,16 @@ def self_conjugate(height: int, width: int, device: torch.device | None = None) 
 
 
 def polar(spectrum: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Amplitude and phase in (-π, π] of a complex half spectrum; the phase of 0 is 0, with gradient 0.
+    """Amplitude and phase in (-π, π] of a complex half spectrum.
 
-    Where the mask `real` is set the imaginary rounding noise is dropped: it would turn +π into -π at random.
+    Where the mask `real` is set the imaginary rounding noise is dropped: it would turn +π into -π at random. Values
+    whose squares are below the smallest normal number count as 0; the phase of 0 is 0 and its gradient is 0.
     """
-    # Adding 0 turns an imaginary part of -0 into +0.
-    imaginary = torch.where(real, 0.0, spectrum.imag) + 0.0
+    imaginary = torch.where(real, 0.0, spectrum.imag) + 0.0  # adding 0 turns -0 into +0
     exact = torch.complex(spectrum.real, imaginary)
-    return exact.abs(), torch.where(exact == 0, 0.0, exact.angle())
+    negligible = exact.detach().abs() < torch.finfo(imaginary.dtype).tiny ** 0.5
+    exact = torch.where(negligible, 0.0, exact)
+    return exact.abs(), torch.where(negligible, 0.0, exact.angle())
 
 
 def frequency_attention(
@@ -35,6 +37,8 @@ def frequency_attention(
 ) -> Tensor:
     """See `pansharp_fast.ops.frequency_attention`, whose arguments these are."""
     batch, channels, height, width = q.shape
+    if batch == 0:
+        return (q + k + v).contiguous()  # torch has no FFT of nothing
     depth = channels // num_heads
     scale = depth**-0.5 if scale is None else scale
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
