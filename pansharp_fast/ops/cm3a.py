@@ -210,6 +210,7 @@ OPERATOR = register(
         name="cm3a",
         support={
             "cuda": Support(devices=("cuda",), dtypes=REDUCED),
+            "triton": Support(devices=("cuda", "xpu"), dtypes=REDUCED),
             "cpu": Support(devices=("cpu",), dtypes=FLOATING),
             "reference": Support(devices=("cpu", "cuda", "xpu", "mps", "meta"), dtypes=FLOATING),
         },
