@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pansharp_fast import reference
-from pansharp_fast.ops import cm3a, use_backend
+from pansharp_fast.ops import BackendError, cm3a, use_backend
 from pansharp_fast.ops._backends import candidates, interpreting, unavailable
 from pansharp_fast.ops.cm3a import OPERATOR
 
@@ -31,7 +31,9 @@ def _parameter(backend: str) -> Any:
     return pytest.param(backend, marks=marks)
 
 
-backends = pytest.mark.parametrize("backend", [_parameter(name) for name in OPERATOR.support])
+# Triton's interpreter takes a second for what others do at once: it has tests of its own below.
+BACKENDS = [name for name in OPERATOR.support if name != "triton" or not interpreting()]
+backends = pytest.mark.parametrize("backend", [_parameter(name) for name in BACKENDS])
 
 
 def _case(
@@ -323,6 +325,39 @@ def test_cpu_does_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# ---- Triton, interpreted ---------------------------------------------------------------------------------------------
+
+interpreted = pytest.mark.skipif(not interpreting() or unavailable("triton") is not None, reason="not interpreted")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("shape", "window", "learned", "dtype", "channels_last"),
+    [
+        ((2, 1, 5, 3, 7), 3, True, torch.float32, True),
+        ((1, 2, 4, 13, 11), 3, True, torch.bfloat16, False),
+        ((1, 1, 18, 4, 3), 3, False, torch.float16, False),
+        ((1, 1, 4, 4, 6), 5, True, torch.float32, False),
+        ((1, 2, 3, 1, 1), 5, False, torch.float32, True),
+    ],
+)
+def test_triton(
+    shape: tuple[int, int, int, int, int], window: int, learned: bool, dtype: torch.dtype, channels_last: bool
+) -> None:
+    inputs, gradients = _case("triton", shape, window, learned, dtype, channels_last)
+    _assert_accurate("triton", inputs, gradients, num_heads=shape[1], window=window)
+
+
+@interpreted
+def test_triton_takes_empty_batches_and_refuses_float64() -> None:
+    inputs, gradients = _case("triton", (0, 1, 4, 3, 3), 3, True)
+    results = _run("triton", inputs, gradients, torch.float32, num_heads=1)
+    assert [each.shape for each in results[:2]] == [inputs[0].shape] * 2
+    assert not results[-1].any()
+    with pytest.raises(BackendError, match="dtype: expected one of float32, bfloat16, float16, got float64"):
+        cm3a(*(x.double() for x in inputs), num_heads=1, backend="triton")
 
 
 # ---- As a PyTorch operator -------------------------------------------------------------------------------------------
