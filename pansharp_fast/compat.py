@@ -13,6 +13,7 @@ from .models.fsa import FSAConfig, FSAStudent, FSATeacher
 from .models.pancrafter import PANCrafter, PANCrafterConfig
 from .models.prior import PriorConfig, PriorNet
 from .nn.cm3a import CM3A
+from .nn.frequency_attention import FrequencyAttention
 
 
 def from_official(name: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], **options: Any) -> nn.Module:
@@ -89,16 +90,21 @@ _CM3A_ATTRIBUTES = (
 )  # fmt: skip
 
 
-def accelerate(model: nn.Module, *, attention_keys: str = "released") -> nn.Module:
-    """Replace the attention modules of a PAN-Crafter built from the official code by fused ones, in place.
+_FREQUENCY_ATTRIBUTES = ("prenorm_x", "qkv", "attn_out", "ffn")
+_HEADS_ATTRIBUTES = ("nheads", "num_heads", "n_heads", "heads")
 
-    They are recognised by their attributes, not by their class. Parameters are shared with the modules they replace:
-    state dicts, optimizers and outputs stay the same.
+
+def accelerate(model: nn.Module, *, attention_keys: str = "released") -> nn.Module:
+    """Replace the attention modules of a network built from the official code by fused ones, in place.
+
+    PAN-Crafter's cross-modal attention and the frequency attention of U-Know-DiffPAN's teacher; recognised by their
+    attributes, not by their class. Parameters are shared with the modules they replace: state dicts, optimizers and
+    outputs stay the same.
 
     Args:
         model: any module that holds such attention modules, or is one (then the replacement is returned).
-        attention_keys: "released" for the release as published, "aligned" for code in which each branch uses its own
-            keys.
+        attention_keys: of PAN-Crafter: "released" for the release as published, "aligned" for code in which each branch
+            uses its own keys.
 
     Returns:
         model.
@@ -106,22 +112,67 @@ def accelerate(model: nn.Module, *, attention_keys: str = "released") -> nn.Modu
     Raises:
         ValueError: the model holds no attention module that could be replaced.
     """
-    if _is_official_cm3a(model):
-        return _fused_cm3a(model, attention_keys)
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if _is_official_cm3a(child)
-    ]
+    replacement = _replacement(model, attention_keys)
+    if replacement is not None:
+        return replacement
+    found = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            replacement = _replacement(child, attention_keys)
+            if replacement is not None:
+                setattr(parent, name, replacement)
+                found += 1
     if not found:
         raise ValueError(
-            f"model: expected modules with the attributes {', '.join(_CM3A_ATTRIBUTES)}, "
-            f"got none in {type(model).__name__}"
+            f"model: expected modules with the attributes {', '.join(_CM3A_ATTRIBUTES)} or "
+            f"{', '.join(_FREQUENCY_ATTRIBUTES)}, got none in {type(model).__name__}"
         )
-    for parent, name, child in found:
-        setattr(parent, name, _fused_cm3a(child, attention_keys))
     return model
+
+
+def _replacement(module: nn.Module, attention_keys: str) -> nn.Module | None:
+    """The fused twin of an official attention module, None of any other module."""
+    if _is_official_cm3a(module):
+        return _fused_cm3a(module, attention_keys)
+    if _is_official_frequency_attention(module):
+        return _fused_frequency_attention(module)
+    return None
+
+
+def _is_official_frequency_attention(module: nn.Module) -> bool:
+    return (
+        not isinstance(module, FrequencyAttention)
+        and all(hasattr(module, name) for name in _FREQUENCY_ATTRIBUTES)
+        and isinstance(module.prenorm_x, nn.GroupNorm)
+        and any(isinstance(getattr(module, name, None), int) for name in _HEADS_ATTRIBUTES)
+    )
+
+
+def _fused_frequency_attention(module: Any) -> FrequencyAttention:
+    heads = next(getattr(module, name) for name in _HEADS_ATTRIBUTES if isinstance(getattr(module, name, None), int))
+    drop_path = getattr(module, "drop_path", None)
+    fused = FrequencyAttention(
+        module.prenorm_x.num_channels,
+        module.qkv[-1].out_channels // 3,
+        module.attn_out.out_channels,
+        module.prenorm_x.num_groups,
+        heads,
+        float(getattr(drop_path, "drop_prob", getattr(module, "drop_path_prob", 0.2))),
+    )
+    _share(fused, module)
+    return fused.train(module.training)
+
+
+def _share(fused: nn.Module, module: nn.Module) -> None:
+    """Put the children of `module` in the place of those of `fused` that have tensors."""
+    for name, own in list(fused.named_children()):
+        shapes = [tuple(p.shape) for p in own.parameters()]
+        if not shapes:
+            continue
+        given = getattr(module, name)
+        if shapes != [tuple(p.shape) for p in given.parameters()]:
+            raise ValueError(f"{name}: expected the tensors of the public release's attention module, got other shapes")
+        setattr(fused, name, given)
 
 
 def _is_official_cm3a(module: nn.Module) -> bool:
@@ -141,9 +192,5 @@ def _fused_cm3a(module: Any, attention_keys: str) -> CM3A:
         qkv_bias=module.q.bias is not None,
         attention_keys=attention_keys,
     )
-    for name, own in list(fused.named_children()):
-        given = getattr(module, name)
-        if [tuple(p.shape) for p in own.parameters()] != [tuple(p.shape) for p in given.parameters()]:
-            raise ValueError(f"{name}: expected the tensors of the public release's attention module, got other shapes")
-        setattr(fused, name, given)
+    _share(fused, module)
     return fused.train(module.training)

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from pansharp_fast import accelerate, reference
 from pansharp_fast.nn import FrequencyAttention, WaveletAttention
 
 
@@ -84,3 +86,31 @@ def test_bad_arguments():
         FrequencyAttention(8, 8, 8, nheads=3)
     with pytest.raises(ValueError, match=r"condition: expected 'qk' or 'kv', got 'v'"):
         WaveletAttention(5, 8, 8, 8, "v")
+
+
+class Stranger(nn.Module):
+    """Another implementation of the block with the released tensor names, on plain PyTorch."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.num_heads = block.nheads
+        for name in ("prenorm_x", "qkv", "attn_out", "ffn"):
+            setattr(self, name, getattr(block, name))
+
+    def forward(self, x):
+        x = self.prenorm_x(x)
+        q, k, v = self.qkv(x).chunk(3, dim=1)
+        out = self.attn_out(reference.frequency_attention(q, k, v, num_heads=self.num_heads)) + x
+        return out + self.ffn(out)
+
+
+def test_accelerate_recognises_the_released_block():
+    stranger = Stranger(FrequencyAttention(8, 8, 8, nheads=2)).double().eval()
+    model = nn.Sequential(nn.Conv2d(8, 8, 1).double(), stranger)
+    x = torch.randn(1, 8, 6, 7, dtype=torch.float64)
+    expected, keys = model(x), set(model.state_dict())
+    assert accelerate(model) is model
+    assert isinstance(model[1], FrequencyAttention)
+    assert set(model.state_dict()) == keys
+    assert model[1].qkv is stranger.qkv
+    torch.testing.assert_close(model(x), expected)
