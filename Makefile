@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/* csrc/*.cpp)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet setuptools wheel cmake ninja pybind11
+	$(BIN)/pip install --quiet "setuptools>=77" wheel cmake ninja pybind11
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev,train,triton]'
 	touch $(STAMP)
 

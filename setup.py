@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -57,24 +56,27 @@ class CMakeBuild(build_ext):
         out.mkdir(parents=True, exist_ok=True)
         build_dir = Path(os.environ.get("PANSHARP_FAST_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
+        import cmake
+        import ninja
         import pybind11
 
-        ninja = shutil.which("ninja")
+        # The packages' own programs: a system's cmake may be too old for the CUDA at hand.
+        cmake_program = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build_dir),
+            cmake_program, "-S", str(ROOT), "-B", str(build_dir),
             f"-DTORCH_DIR={torch_dir}",
             f"-DTORCH_BUILD_VERSION={torch_version(torch_dir)}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
             "-DCMAKE_BUILD_TYPE=Release",
-            *(["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
+            "-GNinja", f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         jobs = os.environ.get("MAX_JOBS")
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build_dir), *(["-j", jobs] if jobs else ["-j"])], check=True)
-        subprocess.run(["cmake", "-E", "cat", str(build_dir / "summary.txt")], check=True)
+        subprocess.run([cmake_program, "--build", str(build_dir), *(["-j", jobs] if jobs else ["-j"])], check=True)
+        subprocess.run([cmake_program, "-E", "cat", str(build_dir / "summary.txt")], check=True)
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in sorted(self._package_dir().glob("_*.so"))]
