@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn import FrequencyAttention, WaveletAttention
+from ..nn import Conv3x3, FrequencyAttention, WaveletAttention
 from .condition import Condition, check_pair, highpass, wavelet_condition
 from .prior import PriorConfig, PriorNet
 
@@ -137,7 +137,7 @@ class _Block(nn.Module):
             nn.GroupNorm(groups, channels),
             nn.SiLU(),
             nn.Dropout(dropout) if dropout else nn.Identity(),
-            nn.Conv2d(channels, out, 3, padding=1),
+            Conv3x3(channels, out),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,8 +178,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).view(batch, _HEADS, 3 * (channels // _HEADS), height * width)
-        q, k, v = qkv.transpose(2, 3).chunk(3, -1)
+        qkv = self.qkv(self.norm(x)).reshape(batch, _HEADS, 3 * (channels // _HEADS), height * width)
+        q, k, v = qkv.transpose(2, 3).contiguous().chunk(3, -1)  # fused kernels want a head's channels side by side
         y = F.scaled_dot_product_attention(q, k, v, scale=channels**-0.5)
         return self.out(y.transpose(2, 3).reshape(batch, channels, height, width)) + x
 
@@ -284,8 +284,11 @@ class _TeacherBlock(nn.Module):
             x = self.dec_res_block(x, time)
         elif hasattr(self, "fourier_CA"):
             y = self.fourier_CA(self.time_emd_block(x, time))
-            y = self.cond_inj_qk_v.attend(y, prepared[0])
-            x = self.attn_res(x) + self.cond_inj_q_kv.attend(y, prepared[1])
+            if isinstance(prepared, Tensor):  # the wavelets
+                y = self.cond_inj_q_kv(self.cond_inj_qk_v(y, prepared), prepared)
+            else:
+                y = self.cond_inj_q_kv.attend(self.cond_inj_qk_v.attend(y, prepared[0]), prepared[1])
+            x = self.attn_res(x) + y
         return self.attn(self.res_block(x, time))
 
 
@@ -293,7 +296,7 @@ class _Resize(nn.Module):
     def __init__(self, channels: int, up: bool) -> None:
         super().__init__()
         self.up = up
-        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1)
+        self.conv = Conv3x3(channels, channels) if up else nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
@@ -358,8 +361,10 @@ class _FSA(nn.Module):
     def _check(self, cond: Condition) -> None:
         check_pair(cond.lms, cond.pan, self.config.bands)
 
-    def prepare(self, cond: Condition) -> Prepared:
+    def prepare(self, cond: Condition, *, keep: bool = True) -> Prepared:
         """Compute once what every step of a sampling run needs from the condition.
+
+        keep: hold what each block makes of the wavelets, too; a single step needs less memory without.
 
         Raises:
             ValueError: the condition's tensors disagree with each other or with the configuration.
@@ -367,9 +372,9 @@ class _FSA(nn.Module):
         self._check(cond)
         padded = cond.map(self._pad)
         images = torch.cat([padded.lms, padded.pan], 1)
-        return Prepared(tuple(cond.lms.shape), images, *self._prepare(padded))
+        return Prepared(tuple(cond.lms.shape), images, *self._prepare(padded, keep))
 
-    def _prepare(self, cond: Condition) -> tuple[dict[int, Any], dict[int, Any]]:
+    def _prepare(self, cond: Condition, keep: bool) -> tuple[dict[int, Any], dict[int, Any]]:
         """What the blocks in `downs` and in `ups` need, by their number there."""
         return {}, {}
 
@@ -398,7 +403,7 @@ class _FSA(nn.Module):
         Raises:
             ValueError: shapes that disagree.
         """
-        prepared = self.prepare(cond) if isinstance(cond, Condition) else cond
+        prepared = self.prepare(cond, keep=False) if isinstance(cond, Condition) else cond
         expected = list(prepared.shape)
         for name, tensor in (("x", x), ("self_cond", x if self_cond is None else self_cond)):
             if list(tensor.shape) != expected:
@@ -486,7 +491,7 @@ class FSATeacher(_FSA):
             if tensor is None or list(tensor.shape) != expected:
                 raise ValueError(f"{name}: expected {expected}, got {None if tensor is None else list(tensor.shape)}")
 
-    def _prepare(self, cond: Condition) -> tuple[dict[int, Any], dict[int, Any]]:
+    def _prepare(self, cond: Condition, keep: bool) -> tuple[dict[int, Any], dict[int, Any]]:
         assert cond.pre_out is not None
         assert cond.pre_variance is not None
         assert cond.wavelets is not None
@@ -506,7 +511,9 @@ class FSATeacher(_FSA):
                 if wavelets is None:
                     size = (height // shrink, width // shrink)
                     wavelets = F.interpolate(cond.wavelets, size=size, mode="bilinear", align_corners=False)
-                ups[number] = (layer.cond_inj_qk_v.prepare(wavelets), layer.cond_inj_q_kv.prepare(wavelets))
+                ups[number] = wavelets
+                if keep:
+                    ups[number] = (layer.cond_inj_qk_v.prepare(wavelets), layer.cond_inj_q_kv.prepare(wavelets))
         return downs, ups
 
     def _head(self, y: Tensor, features: tuple[Tensor, ...] | None) -> Prediction:

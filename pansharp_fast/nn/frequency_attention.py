@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.frequency_attention import frequency_attention
+from .convolution import Conv3x3
 
 
 def depthwise_then_pointwise(inputs: int, outputs: int) -> nn.Sequential:
@@ -26,9 +27,9 @@ class ChannelAttentionTail(nn.Module):
         self.attn_out = nn.Conv2d(qkv_dim, dim_out, 1)
         self.attn_res = nn.Conv2d(fea_dim, dim_out, 1) if fea_dim != dim_out else nn.Identity()
         self.ffn = nn.Sequential(
-            nn.Conv2d(dim_out, 2 * dim_out, 3, padding=1, bias=False),
+            Conv3x3(dim_out, 2 * dim_out, bias=False),
             nn.SiLU(),
-            nn.Conv2d(2 * dim_out, dim_out, 3, padding=1, bias=False),
+            Conv3x3(2 * dim_out, dim_out, bias=False),
             nn.Conv2d(dim_out, dim_out, 1),
         )
         self.drop_path_prob = drop_path_prob
