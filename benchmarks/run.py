@@ -36,8 +36,8 @@ def deviation(results: Any, expected: Any) -> float:
     for got, want in zip(results, expected, strict=True):
         if got.shape != want.shape:
             return float("inf")
-        scale = want.double().norm().clamp_min(1e-30)
-        worst = max(worst, float((got.double() - want.double()).norm() / scale))
+        got, want = got.detach().double(), want.double()
+        worst = max(worst, float((got - want).norm() / want.norm().clamp_min(1e-30)))
     return worst
 
 
@@ -167,11 +167,10 @@ def main() -> None:
             for column, value in report["cases"][case.name]["columns"].items():
                 shown = value.get("failed") or f"{value['seconds'] * 1e3:.2f} ms"
                 print(f"{operator}: {case.name}: {column}: {shown}", flush=True)
-        if not report["cases"]:
-            continue
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(operator, report))
-        plot(operator, report, path.with_suffix(".png"))
+            path.write_text(json.dumps(report, indent=1) + "\n")  # after each case: a long run may be cut off
+            path.with_suffix(".md").write_text(markdown(operator, report))
+        if report["cases"]:
+            plot(operator, report, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
