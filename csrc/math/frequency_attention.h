@@ -4,10 +4,13 @@
 // functions are good to 2 ulp. Internal linkage: CPU kernels include this once per instruction set.
 #pragma once
 
+// PSF_MATH: the C library's functions without <cmath>, whose inline functions kernel files must not share.
 #ifdef __CUDACC__
 #define PSF_FREQUENCY_FUNCTION static __host__ __device__ __forceinline__
+#define PSF_MATH(name) name
 #else
 #define PSF_FREQUENCY_FUNCTION static inline __attribute__((always_inline))
+#define PSF_MATH(name) __builtin_##name
 #endif
 
 namespace psf {
@@ -30,7 +33,7 @@ PSF_FREQUENCY_FUNCTION T negligible() {
 
 // Modulus and angle in (-π, π] of a complex number; an imaginary part of -0 counts as +0.
 PSF_FREQUENCY_FUNCTION Polar<float> polar(float re, float im) {
-  const float x = __builtin_fabsf(re), y = __builtin_fabsf(im);
+  const float x = PSF_MATH(fabsf)(re), y = PSF_MATH(fabsf)(im);
   const bool steep = y > x;
   const float high = steep ? y : x, low = steep ? x : y;
   const bool zero = high < negligible<float>();
@@ -55,13 +58,13 @@ PSF_FREQUENCY_FUNCTION Polar<float> polar(float re, float im) {
   const float signed_angle = steep != left ? -angle : angle;
   const float upper = high_part + (signed_angle + low_part);
   const float phase = zero ? 0.0f : (im < 0.0f ? -upper : upper);
-  return {zero ? 0.0f : high * __builtin_sqrtf(1.0f + s), phase};
+  return {zero ? 0.0f : high * PSF_MATH(sqrtf)(1.0f + s), phase};
 }
 
 PSF_FREQUENCY_FUNCTION Polar<double> polar(double re, double im) {
-  const double amplitude = __builtin_hypot(re, im);
+  const double amplitude = PSF_MATH(hypot)(re, im);
   if (amplitude < negligible<double>()) return {0.0, 0.0};
-  return {amplitude, __builtin_atan2(im + 0.0, re)};
+  return {amplitude, PSF_MATH(atan2)(im + 0.0, re)};
 }
 
 // The same where the spectrum of a real map is real: imaginary rounding noise is dropped, the phase is 0 or π.
@@ -88,7 +91,7 @@ PSF_FREQUENCY_FUNCTION Complex<float> unit(float phase) {
   return {quarter > 0.5f || quarter < -1.5f ? -a : a, quarter > 1.5f || quarter < -0.5f ? -b : b};
 }
 
-PSF_FREQUENCY_FUNCTION Complex<double> unit(double phase) { return {__builtin_cos(phase), __builtin_sin(phase)}; }
+PSF_FREQUENCY_FUNCTION Complex<double> unit(double phase) { return {PSF_MATH(cos)(phase), PSF_MATH(sin)(phase)}; }
 
 // Gradients with respect to re and im from those with respect to amplitude and phase.
 template <typename T>

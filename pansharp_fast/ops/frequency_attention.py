@@ -56,7 +56,7 @@ def frequency_attention(
         raise ValueError(f"q: expected height and width of at least 1, got {list(q.shape)}")
     if num_heads < 1 or q.shape[1] % num_heads or q.shape[1] == 0:
         raise ValueError(f"num_heads: expected a divisor of C = {q.shape[1]}, got {num_heads}")
-    chosen = select(OPERATOR, (q, k, v), backend)
+    chosen = select(OPERATOR, (q, k, v), backend, num_heads=num_heads)
     scale = (q.shape[1] // num_heads) ** -0.5 if scale is None else float(scale)
     if chosen == "reference":
         return reference(q, k, v, num_heads=num_heads, scale=scale, normalize=normalize)
@@ -265,10 +265,18 @@ def _selfcheck(backend: str, device: torch.device) -> None:
         torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
 
 
+def _head_fits(q: Tensor, *_: Tensor, num_heads: int | None = None) -> list[str]:
+    """Reasons against the CUDA kernels, which hold a head's channels in shared memory and registers."""
+    if num_heads is None or q.shape[1] <= 64 * num_heads:
+        return []
+    return [f"channels of a head: expected at most 64, got {q.shape[1] // num_heads}"]
+
+
 OPERATOR = register(
     Operator(
         "frequency_attention",
         {
+            "cuda": Support(("cuda",), FLOATING, check=_head_fits),
             "triton": Support(("cuda", "xpu"), (torch.float32, torch.bfloat16, torch.float16)),
             "cpu": Support(("cpu",), FLOATING),
             "reference": Support(("cpu", "cuda", "xpu", "mps"), FLOATING),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pansharp_fast import reference
 from pansharp_fast.ops import OPERATORS, BackendError, frequency_attention
-from pansharp_fast.ops._backends import interpreting, unavailable
+from pansharp_fast.ops._backends import interpreting, reasons, unavailable
 from pansharp_fast.reference.frequency_attention import polar, self_conjugate
 
 OPERATOR = OPERATORS["frequency_attention"]
@@ -321,6 +321,12 @@ def test_bad_arguments():
             call()
     with pytest.raises(BackendError, match="cuda"):
         frequency_attention(q, k, v, num_heads=2, backend="cuda")
+
+
+def test_reasons_against_cuda():
+    q = torch.randn(1, 130, 2, 2)
+    assert any("at most 64, got 65" in reason for reason in reasons(OPERATOR, "cuda", (q, q, q), num_heads=2))
+    assert not any("at most 64" in reason for reason in reasons(OPERATOR, "cuda", (q, q, q), num_heads=5))
 
 
 def test_half_precision_reference_is_float32_inside():

@@ -1,0 +1,83 @@
+"""The CUDA kernels of the frequency attention, run by the CPU shim through the operator's own Python halves."""
+
+import sys
+
+import pytest
+import torch
+
+from pansharp_fast.ops import frequency_attention
+from tests import simt
+
+SOURCE = "csrc/cuda/frequency_attention.cu"
+NAMES = tuple(
+    f"frequency_attention_{name}"
+    for name in ("inverse_norm", "normalize_bwd", "gram", "gram_bwd", "apply", "apply_bwd")
+)
+ORDERS = ("forward", "reverse", "shuffle")
+module = sys.modules["pansharp_fast.ops.frequency_attention"]
+
+
+@pytest.fixture(scope="module")
+def passes():
+    return simt.load(SOURCE, NAMES)
+
+
+def run(passes, tensors, grad, heads, scale, normalize):
+    out, attention = module._forward(passes, *tensors, heads, scale, normalize)
+    return [out, *module._gradients(passes, grad, *tensors, attention, heads, scale, normalize)]
+
+
+def errors(passes, shape, heads, scale, normalize=True, dtype=torch.float64, layout=torch.contiguous_format):
+    """Relative norm of the deviation from the float64 reference, of the result and of the three gradients."""
+    tensors = [torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(3)]
+    grad = torch.randn(shape).to(dtype)
+    leaves = [t.double().requires_grad_() for t in tensors]
+    exact = frequency_attention(*leaves, num_heads=heads, scale=scale, normalize=normalize, backend="reference")
+    wanted = [exact.detach(), *torch.autograd.grad(exact, leaves, grad.double())]
+    ours = run(passes, tensors, grad, heads, scale, normalize)
+    assert all(o.dtype == dtype for o in ours)
+    return [((o.double() - w).norm() / w.norm()).item() for o, w in zip(ours, wanted, strict=True)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("shape", "heads", "normalize"),
+    [
+        ((2, 6, 6, 9), 2, True),
+        ((1, 9, 1, 7), 1, False),
+        ((1, 14, 5, 4), 1, True),  # two Gram entries a thread
+        ((1, 2, 60, 70), 1, True),  # two runs
+    ],
+)
+def test_values_and_gradients(passes, monkeypatch, order, shape, heads, normalize):
+    monkeypatch.setenv("SIMT_ORDER", order)
+    assert max(errors(passes, shape, heads, 0.02, normalize)) < 1e-9
+
+
+def test_many_channels(passes):
+    assert max(errors(passes, (1, 34, 3, 4), 1, 0.02)) < 1e-9
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_types_and_layouts(passes, dtype, limit, layout):
+    assert max(errors(passes, (2, 6, 5, 8), 2, 0.05, dtype=dtype, layout=layout)) < limit
+
+
+def test_zero_and_constant_maps_have_finite_gradients(passes):
+    for value in (0.0, 1.0, -1.0):
+        tensors = [torch.full((1, 4, 4, 6), value) for _ in range(3)]
+        results = run(passes, tensors, torch.randn(1, 4, 4, 6), 2, 0.1, True)
+        assert all(bool(t.isfinite().all()) for t in results)
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_missing_barrier_is_noticed(monkeypatch, which):
+    """Every barrier but those that only guard the next tile of a one-tile image is needed."""
+    faulty = simt.load(SOURCE, NAMES, ("__syncthreads();", ";", which))
+    worst = 0.0
+    for order in ORDERS:
+        monkeypatch.setenv("SIMT_ORDER", order)
+        found = errors(faulty, (1, 12, 8, 16), 1, 0.02)
+        worst = max(worst, *(1.0 if error != error else error for error in found))
+    assert worst > 1e-6
