@@ -34,7 +34,7 @@ def test_real_files_end_to_end(shared, tmp_path):
     best = {stage: str(path / "best.safetensors") for stage, path in out.items()}
     train("prior", out=out["prior"], steps=30, **settings)
     train("teacher", out=out["teacher"], steps=16, sample_steps=4, prior=best["prior"], **settings)
-    measures = train("student", out=out["student"], steps=40, sample_steps=4, teacher=best["teacher"], **settings)
+    measures = train("student", out=out["student"], steps=200, sample_steps=4, teacher=best["teacher"], **settings)
     for path in out.values():
         course = losses(path)
         assert sum(course[-5:]) < sum(course[:5])
