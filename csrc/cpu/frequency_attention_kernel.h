@@ -34,7 +34,7 @@ constexpr double kSmallestNorm = 1e-12;
 
 // Frequencies (or pixels) that stay in the first-level cache together.
 constexpr int64_t kFrequencyBlock = 128;
-constexpr int64_t kNormalizeBlock = 64;
+constexpr int64_t kNormalizeBlock = 512;
 
 // Rows are padded to a multiple of 4, so that the small matrix products need no special case.
 constexpr int64_t padded_depth(int64_t depth) { return (depth + 3) / 4 * 4; }

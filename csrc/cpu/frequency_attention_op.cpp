@@ -19,7 +19,7 @@ using torch::stable::Tensor;
 
 // Frequencies and pixels of a task: enough to hide the cost of starting one, few enough to balance threads.
 constexpr int64_t kTaskFrequencies = 32 * kFrequencyBlock;
-constexpr int64_t kTaskPixels = 64 * kNormalizeBlock;
+constexpr int64_t kTaskPixels = 8 * kNormalizeBlock;
 
 template <typename T>
 class AlignedBuffer {
