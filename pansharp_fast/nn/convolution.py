@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..ops._backends import requested
 
 #: From these sizes on Winograd's fewer multiplications outweigh its transforms.
-_CHANNELS, _PIXELS = 24, 96 * 96
+_CHANNELS, _PIXELS = 24, 64 * 64
 
 
 class Conv3x3(nn.Conv2d):

@@ -35,7 +35,7 @@ def test_values(module, image):
 def test_direct_kernels_wherever_they_are_wanted(module, image):
     assert not module._winograd(image)  # gradients are recorded
     with torch.no_grad():
-        assert not module._winograd(image[..., :90])
+        assert not module._winograd(image[..., :40])
         assert not module._winograd(image.double())
         assert not Conv3x3(32, 16)._winograd(image)
         with use_backend("reference"):
