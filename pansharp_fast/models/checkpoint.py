@@ -114,7 +114,7 @@ def load_model(
             configuration, or another number of bands.
     """
     path = Path(path_or_name)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():  # a folder of that name beside the caller does not hide the weights
         if str(path_or_name) not in available_weights():
             raise CheckpointError(
                 f"weights: expected a file or one of {available_weights()}, got {str(path_or_name)!r}"

@@ -88,3 +88,9 @@ def test_foreign_safetensors(tmp_path, metadata, message):
     path = tmp_path / "model.safetensors"
     save_file({"x": torch.zeros(1)}, path, metadata=metadata)
     refused(path, message)
+
+
+def test_folder_does_not_hide_shipped_weights(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_model("tiny").config.bands == 4
