@@ -1,7 +1,9 @@
 """Drives CMake. Sources, flags and architectures are listed in CMakeLists.txt alone."""
 
+import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 10)
+MINIMUM_CMAKE = (3, 25)  # as in CMakeLists.txt
 
 
 def find_torch() -> Path | None:
@@ -37,6 +40,30 @@ def torch_version(torch_dir: Path) -> str:
     return version
 
 
+def find_program(name: str, folder: str) -> str | None:
+    """Path of a build program: from the Python package of that name (its attribute `folder`) if there is one, as a
+    system's may be too old for the CUDA at hand; from PATH otherwise.
+    """
+    try:
+        packaged = Path(getattr(importlib.import_module(name), folder)) / name
+    except (ImportError, AttributeError):
+        return shutil.which(name)
+    return str(packaged) if packaged.is_file() else shutil.which(name)
+
+
+def find_cmake() -> str:
+    """Path of a CMake that is new enough; exits where there is none."""
+    program = find_program("cmake", "CMAKE_BIN_DIR")
+    wanted = f"cmake >= {'.'.join(map(str, MINIMUM_CMAKE))}"
+    if program is None:
+        sys.exit(f"pansharp_fast: expected {wanted} as a Python package or on PATH, got none (pip install cmake)")
+    text = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout
+    match = re.search(r"version (\d+)\.(\d+)", text)
+    if match is None or tuple(map(int, match.groups())) < MINIMUM_CMAKE:
+        sys.exit(f"pansharp_fast: expected {wanted}, got {text.splitlines()[0]} in {program} (pip install cmake)")
+    return program
+
+
 class CMakeBuild(build_ext):
     """Builds every extension with one CMake run into the package folder."""
 
@@ -56,27 +83,27 @@ class CMakeBuild(build_ext):
         out.mkdir(parents=True, exist_ok=True)
         build_dir = Path(os.environ.get("PANSHARP_FAST_BUILD_DIR", ROOT / "build" / "cmake")).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
-        import cmake
-        import ninja
         import pybind11
 
-        # The packages' own programs: a system's cmake may be too old for the CUDA at hand.
-        cmake_program = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
+        cmake, ninja = find_cmake(), find_program("ninja", "BIN_DIR")
+        generator = (
+            ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja and "CMAKE_GENERATOR" not in os.environ else []
+        )
         configure = [
-            cmake_program, "-S", str(ROOT), "-B", str(build_dir),
+            cmake, "-S", str(ROOT), "-B", str(build_dir),
             f"-DTORCH_DIR={torch_dir}",
             f"-DTORCH_BUILD_VERSION={torch_version(torch_dir)}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
             "-DCMAKE_BUILD_TYPE=Release",
-            "-GNinja", f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
+            *generator,
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
-        jobs = os.environ.get("MAX_JOBS")
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         subprocess.run(configure, check=True)
-        subprocess.run([cmake_program, "--build", str(build_dir), *(["-j", jobs] if jobs else ["-j"])], check=True)
-        subprocess.run([cmake_program, "-E", "cat", str(build_dir / "summary.txt")], check=True)
+        subprocess.run([cmake, "--build", str(build_dir), "-j", jobs], check=True)
+        subprocess.run([cmake, "-E", "cat", str(build_dir / "summary.txt")], check=True)
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in sorted(self._package_dir().glob("_*.so"))]

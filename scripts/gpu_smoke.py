@@ -1,5 +1,7 @@
 """Every CUDA kernel once on tiny shapes, forward and backward: what compute-sanitizer watches."""
 
+import importlib.util
+
 import torch
 
 import pansharp_fast
@@ -12,7 +14,7 @@ def leaf(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", requires_grad=True)
 
 
-with pansharp_fast.use_backend("cuda"):
+def cm3a() -> None:
     for window in (3, 5):
         for learned in (True, False):
             for layout in (torch.contiguous_format, torch.channels_last):
@@ -21,13 +23,28 @@ with pansharp_fast.use_backend("cuda"):
                 factor = (leaf(8, count, window, window), leaf(8, count)) if learned else (None, None)
                 out = ops.cm3a(*tensors, *factor, num_heads=2, window=window)
                 (out[0].square().sum() + out[1].sum()).backward()
+
+
+def wavelet() -> None:
     x = leaf(2, 3, 33, 65)
-    for wavelet in ("haar", "db4"):
-        approximation, details = ops.dwt2(x, wavelet)
-        ops.idwt2((approximation, details), wavelet).square().sum().backward()
+    for name in ("haar", "db4"):
+        approximation, details = ops.dwt2(x, name)
+        ops.idwt2((approximation, details), name).square().sum().backward()
     y = leaf(1, 2, 32, 64)
     ops.iswt2(ops.swt2(y, "haar", 1), "haar").square().sum().backward()
+
+
+def frequency_attention() -> None:
     q, k, v = (leaf(1, 16, 17, 20) for _ in range(3))
     ops.frequency_attention(q, k, v, num_heads=2).square().sum().backward()
+
+
+with pansharp_fast.use_backend("cuda"):
+    cm3a()
+    frequency_attention()
+    if importlib.util.find_spec("pywt") is not None:
+        wavelet()
+    else:
+        print("wavelet: skipped, PyWavelets is not installed")
 torch.cuda.synchronize()
 print("done")

@@ -17,14 +17,20 @@ from pansharp_fast.ops._backends import interpreting, reasons, unavailable
 from pansharp_fast.reference.frequency_attention import polar, self_conjugate
 
 OPERATOR = OPERATORS["frequency_attention"]
+DEVICES = {"cuda": "cuda", "triton": "cpu" if interpreting() else "cuda"}
 BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(unavailable(name) is not None, reason=str(unavailable(name))))
+    pytest.param(
+        name,
+        marks=[
+            pytest.mark.skipif(unavailable(name) is not None, reason=str(unavailable(name))),
+            *([pytest.mark.gpu] if DEVICES.get(name) == "cuda" else []),
+        ],
+    )
     for name in OPERATOR.support
 ]
 # Those with float64 kernels.
 DOUBLES = [parameter for parameter in BACKENDS if torch.float64 in OPERATOR.support[parameter.values[0]].dtypes]
 KERNELS = [parameter for parameter in BACKENDS if parameter.values[0] != "reference"]
-DEVICES = {"cuda": "cuda", "triton": "cpu" if interpreting() else "cuda"}
 
 
 @pytest.fixture(autouse=True)

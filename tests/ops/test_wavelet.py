@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import pywt
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from pansharp_fast.ops import BackendError, dwt2, explain, idwt2, iswt2, swt2, w
 from pansharp_fast.ops._backends import reasons
 from pansharp_fast.ops.wavelet import MODES, OPERATOR, Level, _analysis, _filters, _synthesis
 
+pywt = pytest.importorskip("pywt")
 ALL_MODES = MODES[:-1]
 WAVELETS = pywt.wavelist(kind="discrete")
 ORTHOGONAL = [name for name in WAVELETS if pywt.Wavelet(name).orthogonal]
@@ -458,6 +458,34 @@ def test_triton_index_arithmetic_beyond_32_bits(tmp_path: Any) -> None:
 def test_triton_refuses_what_it_does_not_cover() -> None:
     with pytest.raises(BackendError, match="mode: expected a border of single samples, got smooth"):
         dwt2(random(4, 4), "haar", "smooth", backend="triton")
+
+
+# ---- On a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("mode", ["zero", "symmetric", "reflect", "periodization", "smooth", "stationary"])
+@pytest.mark.parametrize("wavelet", ["haar", "db2", "db4", "bior4.4"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_on_gpu(backend: str, wavelet: str, mode: str, dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    one = level(wavelet, mode)
+    against = reasons(OPERATOR, backend, [torch.zeros(1, 1, 1, device="cuda", dtype=dtype)], **one.options)
+    if against:
+        pytest.skip("; ".join(against))
+    for shape in ((3, 64, 96), (2, 20, 130)):
+        x = random(*shape, dtype=dtype)
+        exact = _analysis(x.double(), one, "reference")
+        floor = torch.finfo(dtype).eps
+        plain = _error(_analysis(x, one, "reference").double(), exact)
+        assert _error(_analysis(x.cuda(), one, backend).cpu().double(), exact) <= max(2 * plain, floor)
+        bands = [band.to(dtype) for band in exact.unbind(1)]
+        exact = _synthesis([band.double() for band in bands], one, shape[1:], "reference")
+        plain = _error(_synthesis(bands, one, shape[1:], "reference").double(), exact)
+        ours = _synthesis([band.cuda() for band in bands], one, shape[1:], backend)
+        assert _error(ours.cpu().double(), exact) <= max(2 * plain, floor)
 
 
 # ---- torch.library and torch.compile ---------------------------------------------------------------------------------
