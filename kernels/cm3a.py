@@ -258,7 +258,9 @@ def _backward_factor(
 class _Launch:
     """What all kernels of a call share."""
 
-    def __init__(self, q: Tensor, weight: Tensor | None, bias: Tensor | None, heads: int, window: int, last: bool):
+    def __init__(
+        self, q: Tensor, weight: Tensor | None, bias: Tensor | None, heads: int, window: int, last: bool, tf32: bool
+    ):
         batch, channels, height, width = q.shape
         self.format = torch.channels_last if last else torch.contiguous_format
         self.count = window**2
@@ -276,7 +278,7 @@ class _Launch:
             "DIMS": dims,
             "ROWS": max(16, triton.next_power_of_2(self.count)),
             "BLOCK": block,
-            "PRECISION": _precision(q),
+            "PRECISION": _precision(q, tf32),
         }
         self.learned = weight is not None
         self.blocks = batch * heads * triton.cdiv(height * width, block)
@@ -289,9 +291,9 @@ class _Launch:
         return torch.empty_like(q, memory_format=self.format)
 
 
-def _precision(q: Tensor) -> str:
-    """Of matrix products: TF32 holds more than bfloat16 and float16 do; float32 follows torch's setting."""
-    if q.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
+def _precision(q: Tensor, tf32: bool) -> str:
+    """Of matrix products: TF32 holds more than bfloat16 and float16 do; float32 takes it only where allowed."""
+    if q.dtype != torch.float32 or tf32:
         return "tf32"
     return "tf32x3" if q.is_cuda and torch.version.hip is None else "ieee"
 
@@ -308,9 +310,10 @@ def cm3a_fwd(
     window: int,
     scale: float,
     channels_last: bool,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     """Schema of `pansharp_fast::cm3a_fwd`."""
-    launch = _Launch(q, weight, bias, num_heads, window, channels_last)
+    launch = _Launch(q, weight, bias, num_heads, window, channels_last, tf32)
     inputs = launch.dense(q, k_pan, v_pan, k_ms, v_ms)
     outputs = launch.like(q), launch.like(q)
     if q.numel():
@@ -335,9 +338,10 @@ def cm3a_bwd(
     window: int,
     scale: float,
     channels_last: bool,
+    tf32: bool,
 ) -> tuple[Tensor, ...]:
     """Schema of `pansharp_fast::cm3a_bwd`."""
-    launch = _Launch(q, weight, bias, num_heads, window, channels_last)
+    launch = _Launch(q, weight, bias, num_heads, window, channels_last, tf32)
     tensors = launch.dense(grad_pan, grad_ms, q, k_pan, v_pan, k_ms, v_ms)
     grad_pan, grad_ms, q = tensors[:3]
     grad_q, grad_k_pan, grad_v_pan, grad_k_ms, grad_v_ms = (launch.like(q) for _ in range(5))

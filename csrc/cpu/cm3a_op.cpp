@@ -139,7 +139,7 @@ void for_chunks(const Tiling& tiling, int64_t chunks, const F& f) {
 std::tuple<Tensor, Tensor> cm3a_fwd(const Tensor& q, const Tensor& k_pan, const Tensor& v_pan, const Tensor& k_ms,
                                     const Tensor& v_ms, const std::optional<Tensor>& weight,
                                     const std::optional<Tensor>& bias, int64_t num_heads, int64_t window, double scale,
-                                    bool channels_last) {
+                                    bool channels_last, bool /*tf32*/) {
   Arguments arguments = arguments_of(q, k_pan, v_pan, k_ms, v_ms, weight, bias, num_heads, window, scale);
   Call& call = arguments.call;
   Tensor out_pan = like_q(q, channels_last), out_ms = like_q(q, channels_last);
@@ -172,7 +172,7 @@ void unpack_factor(const Call& call, const std::vector<double>& partial, int64_t
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cm3a_bwd(
     const Tensor& grad_pan, const Tensor& grad_ms, const Tensor& q, const Tensor& k_pan, const Tensor& v_pan,
     const Tensor& k_ms, const Tensor& v_ms, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-    int64_t num_heads, int64_t window, double scale, bool channels_last) {
+    int64_t num_heads, int64_t window, double scale, bool channels_last, bool /*tf32*/) {
   Arguments arguments = arguments_of(q, k_pan, v_pan, k_ms, v_ms, weight, bias, num_heads, window, scale);
   Call& call = arguments.call;
   call.grad_out[0] = checked_map("grad_pan", grad_pan, q);

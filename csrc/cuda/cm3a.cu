@@ -8,10 +8,13 @@
 //
 // Bytes: forward reads q, k, v of both modalities once (plus halos, from L2) and writes two outputs: 7 tensors.
 // Backward: attention and logit gradients go through a workspace of 4 J floats a pixel and head, written once.
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
+#include "cuda/mma.cuh"
 #include "cuda/runtime.cuh"
 
 namespace {
@@ -44,6 +47,7 @@ struct Shape {
   int heads, dim, height, width;
   int tiles_x, tiles_y;
   bool channels_last;
+  bool whole_chunks;  // dim is a multiple of kChunk, and maps are aligned to eight of their values
 };
 
 // What a block works on: one head of one image, one tile of pixels.
@@ -207,25 +211,397 @@ struct Inputs {
   float scale;
 };
 
-template <class T, int kWindow, bool kLearned>
-__global__ void __launch_bounds__(kWarps * 32) forward_kernel(Inputs<T> in, T* out_pan, T* out_ms, Shape s) {
+// ---- Learned neighbours on the tensor cores -------------------------------------------------------------------------
+//
+// Attention does not change when all logits of a pixel change by the same amount, and it sums to one: with
+//   V[d,j,p] = W[d,j,p] - W[d,J-1,p]   (p = J: the bias)
+// the logits l_j = sum_d,p V[d,j,p] q[d](x) k[d](x+p) of j < J-1 beside l_{J-1} = 0 give the attention, and
+//   out[d](x) = sum_p v[d](x+p) (mean_j W[d,j,p] + sum_{j<J-1} V[d,j,p] (a_j(x) - 1/J)).
+// J-1 is 8 or 24: whole tiles of the tensor cores. Both products have V as constant factor and pixels as rows:
+//   project:  [16 pixels, 8 channels] x [8 channels, 8 candidates] for each p, summed over p and channels
+//   transfer: [16 pixels, 8 candidates] x [8 candidates, 8 channels] for each p
+// A warp owns 8 pixels along x and kRows along y; its lane (q, r) pixels (x = q, all y), channels 2r and 2r + 1 of a
+// chunk and candidates 2r and 2r + 1 of each eight: operands of one product are results of the other, in place.
+//
+// Precision: kSplit writes every operand as the sum of two TF32 values and adds three products: as good as float32.
+// Without it operands are TF32: for bfloat16 and float16, whose products it holds to 2^-10 at worst, and for float32
+// where torch allows that.
+template <int kWindow>
+struct Tiles {
+  static constexpr int J = kWindow * kWindow;
+  static constexpr int kRadius = kWindow / 2;
+  static constexpr int kEights = J / 8;                // of candidates
+  static constexpr int kPairs = kWindow == 3 ? 4 : 2;  // of rows of pixels a warp owns: products of one factor
+  static constexpr int kRows = 2 * kPairs;
+  static constexpr int kTileHeight = 2 * kRows;  // four warps along x, two along y
+  static constexpr int kHaloWidth = kTileWidth + 2 * kRadius;
+  static constexpr int kHaloArea = kHaloWidth * (kTileHeight + 2 * kRadius);
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kOwned = (kHaloArea + kThreads - 1) / kThreads;  // pixels of the halo a thread loads
+  // Floats of a plane of pairs of channels: planes begin 8 banks apart.
+  static constexpr int kPlane = (2 * kHaloArea + 31 - 8) / 32 * 32 + 8;
+  static constexpr int kTile = kChunk / 2 * kPlane;
+};
+
+// The constant factor as lanes read it, in float32 terms of TF32 values, for chunks of channels c, kinds (0: project,
+// 1: transfer), offsets p, eights of candidates e: [c][kind][p][e][lane][high, high, low, low], without the low terms
+// where kSplit is false; then mean_j W[d,j,p] as [c][p][8 channels].
+template <int kWindow, bool kSplit>
+struct Factor {
+  static constexpr int J = kWindow * kWindow;
+  static constexpr int kLane = kSplit ? 4 : 2;
+  static constexpr int kEight = 32 * kLane;
+  static constexpr int kKind = (J + 1) * (J / 8) * kEight;
+  static constexpr int kBase = (J + 1) * kChunk;
+  const float* packed;
+  int chunks;
+
+  __device__ const float* kind(int chunk, int kind) const {
+    return packed + (static_cast<int64_t>(chunk / kChunk) * 2 + kind) * kKind;
+  }
+  __device__ const float* base(int chunk) const {
+    return packed + static_cast<int64_t>(chunks) * 2 * kKind + chunk / kChunk * kBase;
+  }
+  static int64_t size(int chunks) { return static_cast<int64_t>(chunks) * (2 * kKind + kBase); }
+};
+
+template <int kWindow, bool kSplit>
+__global__ void pack_kernel(const float* weight, const float* bias, float* packed, int dim, int chunks) {
+  using F = Factor<kWindow, kSplit>;
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const auto value = [&](int d, int j, int p) {
+    if (d >= dim) return 0.0f;
+    return p < F::J ? weight[(d * F::J + j) * F::J + p] : bias[d * F::J + j];
+  };
+  constexpr int kSlots = F::kKind / F::kLane;
+  if (i < chunks * 2 * kSlots) {
+    const int q = i % 32 / 4, r = i % 4, e = i / 32 % (F::J / 8), p = i / 32 / (F::J / 8) % (F::J + 1);
+    const int kind = i / kSlots % 2, chunk = i / kSlots / 2 * kChunk;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int d = chunk + (kind == 0 ? 2 * r + n : q), j = 8 * e + (kind == 0 ? q : 2 * r + n);
+      const float exact = value(d, j, p) - value(d, F::J - 1, p), high = psf::rounded(exact);
+      packed[i * F::kLane + n] = high;
+      if constexpr (kSplit) packed[i * F::kLane + 2 + n] = psf::rounded(exact - high);
+    }
+  }
+  if (i < chunks * F::kBase) {
+    float mean = 0.0f;
+    for (int j = 0; j < F::J; ++j) mean += value(i / F::kBase * kChunk + i % kChunk, j, i / kChunk % (F::J + 1));
+    packed[static_cast<int64_t>(chunks) * 2 * F::kKind + i] = mean / F::J;
+  }
+}
+
+// Where a thread stands in its block's tile.
+template <int kWindow>
+struct Lane {
+  using G = Tiles<kWindow>;
+  int x, y;         // in the image, of its first pixel
+  int column, row;  // in the tile
+  int q, r;
+  int owned[G::kOwned];  // pixels of the halo that it loads, y * width + x, or -1 outside
+
+  __device__ Lane(const Place& at, const Shape& s) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    q = lane / 4;
+    r = lane % 4;
+    column = warp % 4 * 8 + q;
+    row = warp / 4 * G::kRows;
+    x = at.x0 + column;
+    y = at.y0 + row;
+#pragma unroll
+    for (int n = 0; n < G::kOwned; ++n) {
+      const int i = static_cast<int>(threadIdx.x) + n * G::kThreads;
+      const int from_x = at.x0 + i % G::kHaloWidth - G::kRadius, from_y = at.y0 + i / G::kHaloWidth - G::kRadius;
+      const bool inside = from_x >= 0 && from_x < s.width && from_y >= 0 && from_y < s.height;
+      owned[n] = i < G::kHaloArea && inside ? from_y * s.width + from_x : -1;
+    }
+  }
+};
+
+// What is multiplied into products before the hardware cuts them down to TF32: it then rounds, as the mean of what is
+// cut off is 2^-11 / m for a mantissa 1 <= m < 2, 1 / m being 0.72 on average; what TF32 holds stays as it is.
+template <bool kSplit>
+constexpr float kUp = kSplit ? 1.0f : 1.0f + 0.72f / 2048;
+
+// Eight neighbouring values, aligned to their size.
+template <class T>
+struct alignas(sizeof(T) * 8) Eight {
+  T values[8];
+};
+
+// One chunk of channels with halo into planes of pairs [4][kPlane / 2][2], zero outside image and head.
+template <int kWindow, class T>
+__device__ void load_pairs(float* tile, const T* data, const Lane<kWindow>& lane, const Shape& s, int chunk) {
+  using G = Tiles<kWindow>;
+#pragma unroll
+  for (int n = 0; n < G::kOwned; ++n) {
+    const int i = static_cast<int>(threadIdx.x) + n * G::kThreads;
+    if (i >= G::kHaloArea) break;
+    float values[kChunk] = {};
+    if (lane.owned[n] >= 0) {
+      const T* from = data + chunk * s.channel + lane.owned[n] * s.pixel;
+      if (s.whole_chunks && s.channels_last) {
+        const Eight<T> eight = *reinterpret_cast<const Eight<T>*>(from);
+#pragma unroll
+        for (int d = 0; d < kChunk; ++d) values[d] = static_cast<float>(eight.values[d]);
+      } else {
+#pragma unroll
+        for (int d = 0; d < kChunk; ++d)
+          if (s.whole_chunks || chunk + d < s.dim) values[d] = static_cast<float>(from[d * s.channel]);
+      }
+    }
+#pragma unroll
+    for (int pair = 0; pair < kChunk / 2; ++pair)
+      *reinterpret_cast<float2*>(tile + pair * G::kPlane + 2 * i) = make_float2(values[2 * pair], values[2 * pair + 1]);
+  }
+}
+
+// `factor` times a lane's channels 2r and 2r + 1 of its pixels, zero outside image and head.
+template <int kWindow, class T>
+__device__ void load_own(float (&own)[Tiles<kWindow>::kRows][2], const T* data, const Lane<kWindow>& lane,
+                         const Shape& s, int chunk, float factor) {
+#pragma unroll
+  for (int n = 0; n < Tiles<kWindow>::kRows; ++n)
+#pragma unroll
+    for (int c = 0; c < 2; ++c) own[n][c] = factor * load_pixel(data, s, chunk + 2 * lane.r + c, lane.x, lane.y + n);
+}
+
+template <int kWindow, class T>
+__device__ void store_own(T* data, const float (&own)[Tiles<kWindow>::kRows][2], const Lane<kWindow>& lane,
+                          const Shape& s, int chunk) {
+#pragma unroll
+  for (int n = 0; n < Tiles<kWindow>::kRows; ++n)
+#pragma unroll
+    for (int c = 0; c < 2; ++c) store_pixel(data, own[n][c], s, chunk + 2 * lane.r + c, lane.x, lane.y + n);
+}
+
+// `count` floats, a multiple of four, into shared memory.
+__device__ void copy(float* shared, const float* data, int count) {
+  for (int i = threadIdx.x; i < count / 4; i += blockDim.x)
+    reinterpret_cast<float4*>(shared)[i] = reinterpret_cast<const float4*>(data)[i];
+}
+
+// A lane's share of the factor for one p and eight candidates: B of a product, as high and low terms.
+template <bool kSplit>
+struct Constant {
+  float high[2], low[2];
+
+  __device__ Constant(const float* packed, int lane) {
+    if constexpr (kSplit) {
+      const float4 terms = reinterpret_cast<const float4*>(packed)[lane];
+      high[0] = terms.x, high[1] = terms.y, low[0] = terms.z, low[1] = terms.w;
+    } else {
+      const float2 terms = reinterpret_cast<const float2*>(packed)[lane];
+      high[0] = terms.x, high[1] = terms.y, low[0] = low[1] = 0.0f;
+    }
+  }
+};
+
+// Sums of products. The tensor cores truncate: with kSplit only the small terms are chained in them.
+template <bool kSplit>
+struct Sum {
+  float total[4] = {}, small[kSplit ? 4 : 1] = {};
+
+  __device__ void add(const float (&a)[4], const Constant<kSplit>& b) {
+    if constexpr (kSplit) {
+      float high[4], low[4], product[4] = {};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        high[i] = psf::rounded(a[i]);
+        low[i] = a[i] - high[i];
+      }
+      psf::mma(small, low, b.high, small);
+      psf::mma(small, high, b.low, small);
+      psf::mma(product, high, b.high, product);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i] += product[i];
+    } else {
+      psf::mma(total, a, b.high, total);
+    }
+  }
+
+  __device__ float operator[](int i) const { return kSplit ? total[i] + small[i % (kSplit ? 4 : 1)] : total[i]; }
+};
+
+// Candidates of a lane's pixels: [pair of rows][eight of candidates], each as in C of a product.
+template <int kWindow>
+struct Candidates {
+  float values[Tiles<kWindow>::kPairs][Tiles<kWindow>::kEights][4];
+};
+
+// sums += sum_d,p left[d] tile[d](x+p) V[d,j,p] for a chunk.
+template <int kWindow, bool kSplit>
+__device__ void project(Sum<kSplit> (&sums)[Tiles<kWindow>::kPairs][Tiles<kWindow>::kEights],
+                        const float (&left)[Tiles<kWindow>::kRows][2], const float* tile, const float* factor,
+                        const Lane<kWindow>& at) {
+  using G = Tiles<kWindow>;
+  using F = Factor<kWindow, kSplit>;
+  const int lane = threadIdx.x % 32;
+  const float* from = tile + at.r * G::kPlane + 2 * (at.row * G::kHaloWidth + at.column);
+  const auto add = [&](const auto& near, int p) {  // near(n): the lane's two channels beside its n-th pixel
+#pragma unroll
+    for (int e = 0; e < G::kEights; ++e) {
+      const Constant<kSplit> constant(factor + (p * G::kEights + e) * F::kEight, lane);
+#pragma unroll
+      for (int t = 0; t < G::kPairs; ++t) {
+        const float2 upper = near(2 * t), lower = near(2 * t + 1);
+        const float a[4] = {left[2 * t][0] * upper.x, left[2 * t + 1][0] * lower.x, left[2 * t][1] * upper.y,
+                            left[2 * t + 1][1] * lower.y};
+        sums[t][e].add(a, constant);
+      }
+    }
+  };
+#pragma unroll 1
+  for (int dx = 0; dx < kWindow; ++dx) {
+    float2 column[G::kRows + 2 * G::kRadius];
+#pragma unroll
+    for (int n = 0; n < G::kRows + 2 * G::kRadius; ++n)
+      column[n] = *reinterpret_cast<const float2*>(from + 2 * (n * G::kHaloWidth + dx));
+#pragma unroll
+    for (int dy = 0; dy < kWindow; ++dy) add([&](int n) { return column[n + dy]; }, dy * kWindow + dx);
+  }
+  add([](int) { return make_float2(1.0f, 1.0f); }, G::J);
+}
+
+// Logits become attention less 1 / J; four lanes hold the candidates of a pixel, the last candidate's logit is 0.
+template <int kWindow>
+__device__ void softmax(Candidates<kWindow>& logits, float scale) {
+  using G = Tiles<kWindow>;
+  const auto across = [](float value, auto combine) {
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, 1));
+    return combine(value, __shfl_xor_sync(0xffffffffu, value, 2));
+  };
+#pragma unroll
+  for (int t = 0; t < G::kPairs; ++t)
+#pragma unroll
+    for (int half = 0; half < 4; half += 2) {
+      float largest = 0.0f, total = 0.0f;
+#pragma unroll
+      for (int e = 0; e < G::kEights; ++e)
+#pragma unroll
+        for (int i = half; i < half + 2; ++i) {
+          float& logit = logits.values[t][e][i];
+          logit *= scale;
+          largest = fmaxf(largest, logit);
+          total += 0.0f * logit;  // NaN where a logit is not finite: the difference of two that were not is lost
+        }
+      largest = across(largest, [](float a, float b) { return fmaxf(a, b); });
+#pragma unroll
+      for (int e = 0; e < G::kEights; ++e)
+#pragma unroll
+        for (int i = half; i < half + 2; ++i) total += logits.values[t][e][i] = expf(logits.values[t][e][i] - largest);
+      total = across(total, [](float a, float b) { return a + b; }) + expf(-largest);
+      const float inverse = 1.0f / total;
+#pragma unroll
+      for (int e = 0; e < G::kEights; ++e)
+#pragma unroll
+        for (int i = half; i < half + 2; ++i) logits.values[t][e][i] = logits.values[t][e][i] * inverse - 1.0f / G::J;
+    }
+}
+
+// out[d] += sum_p tile[d](x+p) (base[d,p] + sum_j V[d,j,p] c_j) for a chunk; base: [p][8 channels], or null for none.
+template <int kWindow, bool kSplit>
+__device__ void transfer(float (&out)[Tiles<kWindow>::kRows][2], const Candidates<kWindow>& c, const float* tile,
+                         const float* factor, const float* base, const Lane<kWindow>& at) {
+  using G = Tiles<kWindow>;
+  using F = Factor<kWindow, kSplit>;
+  const int lane = threadIdx.x % 32;
+  const float* from = tile + at.r * G::kPlane + 2 * (at.row * G::kHaloWidth + at.column);
+  const auto add = [&](const auto& near, int p) {
+    const float2 first =
+        base == nullptr ? make_float2(0.0f, 0.0f) : *reinterpret_cast<const float2*>(base + p * kChunk + 2 * at.r);
+    Sum<kSplit> sums[G::kPairs];
+#pragma unroll
+    for (int e = 0; e < G::kEights; ++e) {
+      const Constant<kSplit> constant(factor + (p * G::kEights + e) * F::kEight, lane);
+#pragma unroll
+      for (int t = 0; t < G::kPairs; ++t) {
+        const float (&v)[4] = c.values[t][e];
+        const float a[4] = {v[0], v[2], v[1], v[3]};
+        sums[t].add(a, constant);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < G::kRows; ++n) {
+      const float2 value = near(n);
+      out[n][0] += value.x * (first.x + sums[n / 2][n % 2 * 2]);
+      out[n][1] += value.y * (first.y + sums[n / 2][n % 2 * 2 + 1]);
+    }
+  };
+#pragma unroll 1
+  for (int dx = 0; dx < kWindow; ++dx) {
+    float2 column[G::kRows + 2 * G::kRadius];
+#pragma unroll
+    for (int n = 0; n < G::kRows + 2 * G::kRadius; ++n)
+      column[n] = *reinterpret_cast<const float2*>(from + 2 * (n * G::kHaloWidth + dx));
+#pragma unroll
+    for (int dy = 0; dy < kWindow; ++dy) add([&](int n) { return column[n + dy]; }, dy * kWindow + dx);
+  }
+  add([](int) { return make_float2(1.0f, 1.0f); }, G::J);
+}
+
+template <class T, int kWindow, bool kSplit>
+__global__ void __launch_bounds__(kWarps * 32, 2)
+    learned_forward_kernel(Inputs<T> in, Factor<kWindow, kSplit> factor, T* out_pan, T* out_ms, Shape s) {
+  using G = Tiles<kWindow>;
+  using F = Factor<kWindow, kSplit>;
+  PSF_DYNAMIC_SHARED(float, tile);
+  float* const constants = tile + G::kTile;
+  float* const base = constants + F::kKind;
+  const Place at = place_of(blockIdx.x, s, G::kTileHeight);
+  const Lane<kWindow> lane(at, s);
+  for (int m = 0; m < 2; ++m) {
+    Candidates<kWindow> attention;
+    {
+      Sum<kSplit> sums[G::kPairs][G::kEights];
+      for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
+        __syncthreads();  // what was loaded before has been read
+        load_pairs<kWindow>(tile, (m == 0 ? in.k_pan : in.k_ms) + at.base, lane, s, chunk);
+        copy(constants, factor.kind(chunk, 0), F::kKind);
+        float query[G::kRows][2];
+        load_own<kWindow>(query, in.q + at.base, lane, s, chunk, kUp<kSplit>);
+        __syncthreads();
+        project<kWindow, kSplit>(sums, query, tile, constants, lane);
+      }
+#pragma unroll
+      for (int t = 0; t < G::kPairs; ++t)
+#pragma unroll
+        for (int e = 0; e < G::kEights; ++e)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) attention.values[t][e][i] = sums[t][e][i];
+    }
+    softmax<kWindow>(attention, in.scale);
+    for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
+      __syncthreads();
+      load_pairs<kWindow>(tile, (m == 0 ? in.v_pan : in.v_ms) + at.base, lane, s, chunk);
+      copy(constants, factor.kind(chunk, 1), F::kKind);
+      copy(base, factor.base(chunk), F::kBase);
+      __syncthreads();
+      float out[G::kRows][2] = {};
+      transfer<kWindow, kSplit>(out, attention, tile, constants, base, lane);
+      store_own<kWindow>((m == 0 ? out_pan : out_ms) + at.base, out, lane, s, chunk);
+    }
+  }
+}
+
+template <class T, int kWindow>
+__global__ void __launch_bounds__(kWarps * 32) shift_forward_kernel(Inputs<T> in, T* out_pan, T* out_ms, Shape s) {
   using G = Geometry<kWindow>;
   PSF_SHARED(float, tile, kChunk* G::kHaloArea);
-  PSF_SHARED(float, rows, kLearned ? kChunk * G::J * G::kRow : 4);
   const Place at = place_of(blockIdx.x, s, G::kTileHeight);
   const int tx = threadIdx.x % 32, ty = threadIdx.x / 32 * G::kPixels;
   const int x = at.x0 + tx, y = at.y0 + ty;
   const auto load = [&](const T* data, int chunk) {
     __syncthreads();  // the previous chunk has been read
     load_tile(tile, data + at.base, s, chunk, at.x0, at.y0, G::kHaloWidth, G::kHaloArea, G::kRadius);
-    if constexpr (kLearned) load_weight<kWindow>(rows, in.weight, in.bias, chunk, s.dim);
     __syncthreads();
   };
   for (int m = 0; m < 2; ++m) {
     float attention[G::kPixels][G::J] = {};
     for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
       load((m == 0 ? in.k_pan : in.k_ms), chunk);
-      add_dots<kWindow, kLearned>(attention, in.q + at.base, tile, rows, s, chunk, x, y, tx, ty);
+      add_dots<kWindow, false>(attention, in.q + at.base, tile, nullptr, s, chunk, x, y, tx, ty);
     }
     softmax(attention, in.scale);
     T* out = (m == 0 ? out_pan : out_ms) + at.base;
@@ -234,7 +610,7 @@ __global__ void __launch_bounds__(kWarps * 32) forward_kernel(Inputs<T> in, T* o
 #pragma unroll 1
       for (int d = 0; d < kChunk; ++d) {
         float mixed[G::kPixels] = {};
-        add_mix<kWindow, kLearned>(mixed, attention, tile, rows, d, tx, ty);
+        add_mix<kWindow, false>(mixed, attention, tile, nullptr, d, tx, ty);
 #pragma unroll
         for (int n = 0; n < G::kPixels; ++n) store_pixel(out, mixed[n], s, chunk + d, x, y + n);
       }
@@ -460,8 +836,9 @@ __global__ void reduce_kernel(const float* partial, float* grad_weight, float* g
 
 Shape shape_of(const Tensor& q, int64_t heads, bool channels_last) {
   const int64_t channels = q.size(1), height = q.size(2), width = q.size(3);
-  STD_TORCH_CHECK(height < (1 << 30) && width < (1 << 30), "cm3a: height, width: expected below 2^30, got ", height,
-                  " x ", width);
+  STD_TORCH_CHECK(height < (1 << 30) && width < (1 << 30) && height * width < (int64_t{1} << 31),
+                  "cm3a: height, width: expected fewer than 2^31 pixels, below 2^30 along each, got ", height, " x ",
+                  width);
   Shape s;
   s.image = channels * height * width;
   s.channel = channels_last ? 1 : height * width;
@@ -471,6 +848,7 @@ Shape shape_of(const Tensor& q, int64_t heads, bool channels_last) {
   s.height = static_cast<int>(height);
   s.width = static_cast<int>(width);
   s.channels_last = channels_last;
+  s.whole_chunks = s.dim % kChunk == 0;
   return s;
 }
 
@@ -539,6 +917,10 @@ struct Arguments {
   }
 };
 
+bool aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) % (kChunk * t.element_size()) == 0;
+}
+
 Arguments prepare(const Tensor& q, const Tensor& k_pan, const Tensor& v_pan, const Tensor& k_ms, const Tensor& v_ms,
                   std::optional<Tensor> weight, std::optional<Tensor> bias, bool channels_last) {
   Arguments a{dense(q, channels_last),
@@ -558,18 +940,53 @@ Arguments prepare(const Tensor& q, const Tensor& k_pan, const Tensor& v_pan, con
   return a;
 }
 
+// Calls body.template operator()<kSplit>(factor): float32 is split where torch does not allow TF32.
+template <class T, int kWindow, class Body>
+void with_factor(const psf::Launch& launch, const Arguments& a, const Shape& s, bool tf32, Body body) {
+  const int chunks = (s.dim + kChunk - 1) / kChunk;
+  const auto pack = [&]<bool kSplit>() {
+    using F = Factor<kWindow, kSplit>;
+    const Tensor packed = torch::stable::empty({F::size(chunks)}, ScalarType::Float, std::nullopt, a.q.device());
+    const int threads = chunks * std::max(2 * F::kKind / F::kLane, F::kBase);
+    launch(pack_kernel<kWindow, kSplit>, dim3((threads + 255) / 256), dim3(256), 0,
+           static_cast<const float*>(pointer<float>(*a.weight)), static_cast<const float*>(pointer<float>(*a.bias)),
+           pointer<float>(packed), s.dim, chunks);
+    body.template operator()<kSplit>(F{pointer<float>(packed), chunks});
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    if (!tf32) return pack.template operator()<true>();
+  }
+  pack.template operator()<false>();
+}
+
+// Shared memory of a kernel with one tile and one kind of the factor.
+template <int kWindow, bool kSplit>
+size_t shared_bytes() {
+  using F = Factor<kWindow, kSplit>;
+  return (Tiles<kWindow>::kTile + F::kKind + F::kBase) * sizeof(float);
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k_pan, const Tensor& v_pan, const Tensor& k_ms,
                                    const Tensor& v_ms, std::optional<Tensor> weight, std::optional<Tensor> bias,
-                                   int64_t num_heads, int64_t window, double scale, bool channels_last) {
+                                   int64_t num_heads, int64_t window, double scale, bool channels_last, bool tf32) {
   Tensor out_pan = like(q, channels_last), out_ms = like(q, channels_last);
   if (q.numel() == 0) return {out_pan, out_ms};
   const psf::Launch launch(q);
   const Arguments a = prepare(q, k_pan, v_pan, k_ms, v_ms, weight, bias, channels_last);
   Shape s = shape_of(q, num_heads, channels_last);
+  s.whole_chunks &= aligned(a.k_pan) && aligned(a.v_pan) && aligned(a.k_ms) && aligned(a.v_ms);
   dispatch(q.scalar_type(), window, weight.has_value(), [&]<class T, int kWindow, bool kLearned>() {
-    const int64_t blocks = tile(s, q.size(0), Geometry<kWindow>::kTileHeight);
-    launch(forward_kernel<T, kWindow, kLearned>, grid_of(blocks), dim3(kWarps * 32), 0, a.inputs<T>(scale),
-           pointer<T>(out_pan), pointer<T>(out_ms), s);
+    if constexpr (kLearned) {
+      const int64_t blocks = tile(s, q.size(0), Tiles<kWindow>::kTileHeight);
+      with_factor<T, kWindow>(launch, a, s, tf32, [&]<bool kSplit>(const Factor<kWindow, kSplit>& factor) {
+        launch(learned_forward_kernel<T, kWindow, kSplit>, grid_of(blocks), dim3(kWarps * 32),
+               shared_bytes<kWindow, kSplit>(), a.inputs<T>(scale), factor, pointer<T>(out_pan), pointer<T>(out_ms), s);
+      });
+    } else {
+      const int64_t blocks = tile(s, q.size(0), Geometry<kWindow>::kTileHeight);
+      launch(shift_forward_kernel<T, kWindow>, grid_of(blocks), dim3(kWarps * 32), 0, a.inputs<T>(scale),
+             pointer<T>(out_pan), pointer<T>(out_ms), s);
+    }
   });
   return {out_pan, out_ms};
 }
@@ -577,7 +994,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k_pan, const T
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_pan_, const Tensor& grad_ms_, const Tensor& q, const Tensor& k_pan, const Tensor& v_pan,
     const Tensor& k_ms, const Tensor& v_ms, std::optional<Tensor> weight, std::optional<Tensor> bias, int64_t num_heads,
-    int64_t window, double scale, bool channels_last) {
+    int64_t window, double scale, bool channels_last, bool tf32) {
   Tensor grads[5];
   for (Tensor& grad : grads) grad = like(q, channels_last);
   Shape s = shape_of(q, num_heads, channels_last);

@@ -101,6 +101,12 @@ def traced_as_constant(function: Any) -> Any:
 
 
 @traced_as_constant
+def tf32_allowed() -> bool:
+    """Whether torch's own setting lets matrix products of float32 on a GPU use TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@traced_as_constant
 def unavailable(backend: str) -> str | None:
     """Why `backend` cannot run anything in this process, or None."""
     if backend == "reference":

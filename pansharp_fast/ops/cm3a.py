@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _library
-from ._backends import FLOATING, Operator, Support, register, select
+from ._backends import FLOATING, Operator, Support, register, select, tf32_allowed
 
 WINDOWS = (3, 5)
 #: What GPU kernels take: they accumulate in float32.
@@ -68,7 +68,8 @@ def cm3a(
         weight = weight.to(accumulate).contiguous()
         bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias.to(accumulate).contiguous()
     channels_last = q.is_contiguous(memory_format=torch.channels_last) and not q.is_contiguous()
-    return _library.call("cm3a_fwd", chosen, *tensors, weight, bias, num_heads, window, scale, channels_last)
+    options = (num_heads, window, scale, channels_last, tf32_allowed())
+    return _library.call("cm3a_fwd", chosen, *tensors, weight, bias, *options)
 
 
 def _check(
@@ -131,6 +132,7 @@ def _forward_fake(
     window: int,
     scale: float,
     channels_last: bool,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     return _like_q(q, channels_last), _like_q(q, channels_last)
 
@@ -149,6 +151,7 @@ def _backward_fake(
     window: int,
     scale: float,
     channels_last: bool,
+    tf32: bool,
 ) -> tuple[Tensor, ...]:
     gradients = tuple(_like_q(q, channels_last) for _ in range(5))
     if weight is None:
@@ -167,11 +170,11 @@ def _backward(ctx: Any, grad_pan: Tensor, grad_ms: Tensor) -> tuple[Tensor | Non
     gradients = _library.call("cm3a_bwd", ctx.backend, grad_pan, grad_ms, *tensors, *ctx.options)
     if tensors[5] is None:
         gradients = (*gradients[:5], None, None)
-    return (*gradients, None, None, None, None)
+    return (*gradients, None, None, None, None, None)
 
 
 _TENSORS = "Tensor q, Tensor k_pan, Tensor v_pan, Tensor k_ms, Tensor v_ms, Tensor? weight, Tensor? bias"
-_OPTIONS = "int num_heads, int window, float scale, bool channels_last"
+_OPTIONS = "int num_heads, int window, float scale, bool channels_last, bool tf32"
 _library.define(
     "cm3a_fwd",
     f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)",

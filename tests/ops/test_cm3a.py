@@ -367,7 +367,7 @@ def test_triton_takes_empty_batches_and_refuses_float64() -> None:
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_opcheck(learned: bool, channels_last: bool) -> None:
     inputs, gradients = _case("cpu", (2, 2, 4, 5, 6), 3, learned, channels_last=channels_last)
-    arguments = (*inputs, *([None, None] if not learned else []), 2, 3, 0.5, channels_last)
+    arguments = (*inputs, *([None, None] if not learned else []), 2, 3, 0.5, channels_last, False)
     torch.library.opcheck(torch.ops.pansharp_fast.cm3a_bwd.default, (*gradients, *arguments))
     leaves = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments]
     torch.library.opcheck(torch.ops.pansharp_fast.cm3a_fwd.default, leaves)

@@ -1,5 +1,5 @@
 // Kernels that test the shim itself: right ones must agree, planted faults must be noticed.
-#include "cuda/runtime.cuh"
+#include "cuda/mma.cuh"
 
 using torch::stable::Tensor;
 
@@ -30,8 +30,19 @@ __global__ void row_sum_shuffle(const float* x, float* out) {
   if (threadIdx.x % 32 == 0) atomicAdd(out + blockIdx.x, value);
 }
 
+// x [24, 8]: the first 16 rows times the transpose of the last 8, [16, 8].
+__global__ void tile_product(const float* x, float* out) {
+  const int row = threadIdx.x / 4, column = threadIdx.x % 4;
+  const float a[4] = {x[row * 8 + column], x[(row + 8) * 8 + column], x[row * 8 + column + 4],
+                      x[(row + 8) * 8 + column + 4]};
+  const float b[2] = {x[(16 + row) * 8 + column], x[(16 + row) * 8 + column + 4]};
+  float d[4] = {};
+  psf::mma(d, a, b, d);
+  for (int i = 0; i < 4; ++i) out[(row + i / 2 * 8) * 8 + column * 2 + i % 2] = d[i];
+}
+
 Tensor selftest(const Tensor& x, int64_t kind) {
-  Tensor out = torch::stable::new_zeros(x, {x.size(0)});
+  Tensor out = torch::stable::new_zeros(x, {kind == 5 ? 128 : x.size(0)});
   const float* in = static_cast<const float*>(x.const_data_ptr());
   float* result = static_cast<float*>(out.mutable_data_ptr());
   psf::Launch launch(x);
@@ -48,6 +59,9 @@ Tensor selftest(const Tensor& x, int64_t kind) {
       break;
     case 3:
       launch(row_sum<divergent_barrier>, grid, 64, 0, in, result);
+      break;
+    case 5:
+      launch(tile_product, 1, 32, 0, in, result);
       break;
     default:
       launch(row_sum_shuffle, grid, 64, 0, in, result);

@@ -283,6 +283,47 @@ template <class T>
 T __ldg(const T* address) {
   return *address;
 }
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+namespace simt {
+
+// mma.sync m16n8k8 with TF32 operands (fragments as csrc/cuda/mma.cuh lists them): the last 13 bits of the operands are
+// dropped, products and their sum are exact here, the result is truncated to float32.
+inline void mma(float (&d)[4], const float (&a)[4], const float (&b)[2], const float (&c)[4]) {
+  struct Operands {
+    float a[4], b[2];
+  };
+  Operands mine;
+  const auto tf32 = [](float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); };
+  for (int i = 0; i < 4; ++i) mine.a[i] = tf32(a[i]);
+  for (int i = 0; i < 2; ++i) mine.b[i] = tf32(b[i]);
+  const unsigned row = lane() / 4, column = lane() % 4 * 2;
+  exchange(0xffffffffu, mine, [&](auto of) {
+    for (unsigned i = 0; i < 4; ++i) {
+      double sum = c[i];
+      for (unsigned k = 0; k < 8; ++k) {
+        const Operands left = of(4 * row + k % 4), right = of(4 * (column + i % 2) + k % 4);
+        sum += static_cast<double>(left.a[i / 2 + k / 4 * 2]) * right.b[k / 4];
+      }
+      float result = static_cast<float>(sum);
+      if (std::fabs(static_cast<double>(result)) > std::fabs(sum)) result = std::nextafterf(result, 0.0f);
+      d[i] = result;
+    }
+    return 0;
+  });
+}
+
+}  // namespace simt
+
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1.0f / x; }

@@ -36,8 +36,8 @@ def expected(tensors, weight, bias, gradients, heads, window, scale, dtype=torch
     return [o.detach() for o in out], [t.grad for t in leaves if t is not None]
 
 
-def run(ops, tensors, weight, bias, gradients, heads, window, scale, channels_last):
-    options = (heads, window, scale, channels_last)
+def run(ops, tensors, weight, bias, gradients, heads, window, scale, channels_last, tf32=False):
+    options = (heads, window, scale, channels_last, tf32)
     out = ops.cm3a_fwd(*tensors, weight, bias, *options)
     grads = ops.cm3a_bwd(*gradients, *tensors, weight, bias, *options)
     return list(out), list(grads if weight is not None else grads[:5])
@@ -105,15 +105,53 @@ def test_empty_batch(ops):
     assert all(not g.any() for g in grads[5:])
 
 
+@pytest.mark.parametrize("window", [3, 5])
+def test_tf32_where_allowed(ops, window):
+    """TF32 products are about 2^-11 off; less would mean that the permission has no effect."""
+    data = case((1, 8, 6, 9), 1, window, True)
+    out, grads = expected(*data, 1, window, 0.3)
+    got_out, got_grads = run(ops, *data, 1, window, 0.3, False, tf32=True)
+    assert 1e-5 < max(error(got_out, out)) < 6e-4
+    assert max(error(got_grads, grads)) < 2e-3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_non_finite_values_reach_their_neighbourhood_and_no_further(ops, value, tf32):
+    tensors, weight, bias, _ = case((1, 8, 7, 12), 1, 3, True)
+    tensors[1][0, 3, 3, 5] = value
+    out_pan, out_ms = ops.cm3a_fwd(*tensors, weight, bias, 1, 3, 0.3, False, tf32)
+    reached = torch.zeros(7, 12, dtype=torch.bool)
+    reached[2:5, 4:7] = True
+    assert torch.equal(out_pan.isfinite(), ~reached.expand_as(out_pan))
+    assert out_ms.isfinite().all()
+
+
+def test_unaligned_maps(ops):
+    """A dense map whose address is not a multiple of eight values."""
+    tensors, weight, bias, _ = case((1, 8, 6, 9), 1, 3, True, channels_last=True)
+    wanted = ops.cm3a_fwd(*tensors, weight, bias, 1, 3, 0.3, True, False)
+    moved = torch.empty(tensors[1].numel() + 1)[1:].as_strided(tensors[1].shape, tensors[1].stride())
+    tensors[1] = moved.copy_(tensors[1])
+    got = ops.cm3a_fwd(*tensors, weight, bias, 1, 3, 0.3, True, False)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
 @pytest.mark.parametrize(
-    "edit",
-    [("    __syncthreads();\n  };\n", "  };\n", 0), (" - radius, x = x0", " - radius + 1, x = x0", 0)],
-    ids=["missing barrier", "off by one"],
+    ("edit", "learned"),
+    [
+        (("        __syncthreads();\n        project<", "        project<", 0), True),
+        (("from_x = at.x0 + i % G::kHaloWidth - G", "from_x = at.x0 + i % G::kHaloWidth + 1 - G", 0), True),
+        (("{v[0], v[2], v[1], v[3]}", "{v[0], v[1], v[2], v[3]}", 0), True),
+        (("    __syncthreads();\n  };\n", "  };\n", 0), False),
+        ((" - radius, x = x0", " - radius + 1, x = x0", 0), False),
+    ],
+    ids=["missing barrier", "off by one", "operands of a tile swapped", "missing barrier, shift", "off by one, shift"],
 )
-def test_planted_faults_are_noticed(edit):
+def test_planted_faults_are_noticed(edit, learned):
     """The comparison above fails on a kernel with a fault: its passing means something."""
     faulty = simt.load(SOURCE, NAMES, edit)
-    tensors, weight, bias, gradients = case((1, 16, 9, 40), 1, 3, True)
+    tensors, weight, bias, gradients = case((1, 8, 9, 40), 1, 3, learned)
     out, _ = expected(tensors, weight, bias, gradients, 1, 3, 0.25)
-    wrong = faulty.cm3a_fwd(*tensors, weight, bias, 1, 3, 0.25, False)
+    wrong = faulty.cm3a_fwd(*tensors, weight, bias, 1, 3, 0.25, False, False)
     assert not max(error(wrong, out)) < 1e-3  # NaN counts as noticed

@@ -39,3 +39,15 @@ def test_write_beyond_a_shared_array_is_an_error(selftest):
 def test_divergent_barrier_is_an_error(selftest):
     with pytest.raises(RuntimeError, match=r"deadlock|not reached"):
         selftest(torch.randn(1, 64), 3)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_tile_product(selftest, monkeypatch, order):
+    monkeypatch.setenv("SIMT_ORDER", order)
+    x = torch.randn(24, 8)
+    tf32 = (x.view(torch.int32) & -(1 << 13)).view(torch.float32).double()
+    expected = tf32[:16] @ tf32[16:].T
+    actual = selftest(x, 5).view(16, 8).double()
+    torch.testing.assert_close(actual, expected, rtol=2**-23, atol=0)
+    assert (actual.abs() <= expected.abs()).all()  # sums are truncated
+    assert not torch.allclose(actual, x[:16].double() @ x[16:].double().T, rtol=1e-5)

@@ -1,0 +1,32 @@
+// Products of small matrices on the tensor cores: one warp, 16 x 8 x 8, operands in TF32, sums in float32.
+//
+// With q = lane / 4 and r = lane % 4 a lane holds of
+//   A [16, 8]   (q, r), (q + 8, r), (q, r + 4), (q + 8, r + 4)
+//   B [8, 8]    (r, q), (r + 4, q)
+//   C, D [16, 8] (q, 2r), (q, 2r + 1), (q + 8, 2r), (q + 8, 2r + 1)
+// Operands are float32 of which the hardware drops the last 13 bits: TF32 has 11 significant bits. Sums are truncated,
+// not rounded, so that long chains drift: where float32 accuracy counts, chain what is small and add the rest outside.
+#pragma once
+
+#include "cuda/runtime.cuh"
+
+namespace psf {
+
+// d = a b + c; all lanes of the warp take part. d may be c.
+__device__ __forceinline__ void mma(float (&d)[4], const float (&a)[4], const float (&b)[2], const float (&c)[4]) {
+#ifdef PSF_SIMT
+  ::simt::mma(d, a, b, c);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#endif
+}
+
+// x rounded to TF32; x - rounded(x) is exact. Not finite where 8193 x is not.
+__device__ __forceinline__ float rounded(float x) { return fmaf(x, -8192.0f, x * 8193.0f); }
+
+}  // namespace psf
