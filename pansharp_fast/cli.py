@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import os
 import sys
@@ -89,6 +90,29 @@ def _bands(_ctx: click.Context, _param: click.Parameter, value: str | None) -> l
         raise click.BadParameter(f"expected numbers such as 2,3,5,7, got {value!r}") from None
 
 
+def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of diffusion models; the command gets them as `sampling`, None where none is given."""
+
+    @functools.wraps(command)
+    def run(steps: int | None, sampler: str | None, samples: int | None, seed: int | None, **options: Any) -> None:
+        given: dict[str, Any] = {"steps": steps, "sampler": sampler, "samples": samples, "seed": seed}
+        given = {name: value for name, value in given.items() if value is not None}
+        command(
+            sampling=importlib.import_module("pansharp_fast.diffusion").Sampling(**given) if given else None, **options
+        )
+
+    for option in (
+        click.option("--seed", type=click.IntRange(0), help="Diffusion models: seed of the noise  [default: 0]."),
+        click.option(
+            "--samples", type=click.IntRange(1), help="Diffusion models: results that are averaged  [default: 1]."
+        ),
+        click.option("--sampler", type=click.Choice(["ddim", "dpm++"]), help="Diffusion models  [default: ddim]."),
+        click.option("--steps", type=click.IntRange(1), help="Diffusion models: steps of the sampler  [default: 25]."),
+    ):
+        run = option(run)
+    return run
+
+
 @main.command()
 @click.argument("pan", metavar="PAN.tif")
 @click.argument("ms", metavar="MS.tif")
@@ -118,10 +142,7 @@ def _bands(_ctx: click.Context, _param: click.Parameter, value: str | None) -> l
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
 @click.option("--preview", metavar="PNG", type=click.Path(), help="Write a picture of the result too.")
-@click.option("--steps", type=click.IntRange(1), help="Diffusion models: steps of the sampler  [default: 25].")
-@click.option("--sampler", type=click.Choice(["ddim", "dpm++"]), help="Diffusion models  [default: ddim].")
-@click.option("--samples", type=click.IntRange(1), help="Diffusion models: results that are averaged  [default: 1].")
-@click.option("--seed", type=click.IntRange(0), help="Diffusion models: seed of the noise  [default: 0].")
+@_sampling_options
 @click.option(
     "--uncertainty",
     metavar="OUT_unc.tif",
@@ -137,10 +158,6 @@ def sharpen(
     quiet: bool,
     weights: str | None,
     model: str | None,
-    steps: int | None,
-    sampler: str | None,
-    samples: int | None,
-    seed: int | None,
     **options: Any,
 ) -> None:
     """Sharpen the multispectral MS.tif with PAN.tif into OUT.tif, on PAN's grid."""
@@ -148,12 +165,6 @@ def sharpen(
 
     options["weights"] = weights or ("tiny" if model in (None, "pancrafter") else f"tiny-{model}")
     options["architecture"] = model
-    given: dict[str, Any] = {"steps": steps, "sampler": sampler, "samples": samples, "seed": seed}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given:
-        from .diffusion import Sampling
-
-        options["sampling"] = Sampling(**given)
     with _quiet_libraries(), _progress("sharpening", quiet) as progress:
         summary = sharpen_scene(pan, ms, out, creation_options=co, progress=progress, **options)
     if summary.largest > options["peak"]:
@@ -317,6 +328,7 @@ def _baselines(_ctx: click.Context, _param: click.Parameter, value: str) -> list
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@_sampling_options
 @click.option("--overwrite", is_flag=True, help="Replace results of other settings in DIR.")
 @click.option("--quiet", is_flag=True, help="No progress bar, no tables.")
 def evaluate(out: str, shift_test: bool, shift_scenes: int, quiet: bool, **options: Any) -> None:

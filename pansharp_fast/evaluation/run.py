@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -11,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +24,9 @@ from ..metrics.reduced import gradient
 from . import pictures, report
 from .published import PUBLISHED, recognise
 from .scenes import PROTOCOLS, Hdf5Source, RasterSource, Scene, Source
+
+if TYPE_CHECKING:
+    from ..diffusion import Sampling
 
 Method = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -91,7 +95,13 @@ def _model(name: str, bands: int, options: dict[str, Any]) -> Method:
 
 
 def _methods(
-    models: Sequence[str], baselines: Sequence[str], sensor: Sensor, peak: float, bands: int, **options: Any
+    models: Sequence[str],
+    baselines: Sequence[str],
+    sensor: Sensor,
+    peak: float,
+    bands: int,
+    sampling: Sampling | None,
+    **options: Any,
 ) -> dict[str, tuple[str, Callable[[], Method]]]:
     """Label -> (identity, maker of the method); networks are loaded only when they are needed."""
     found: dict[str, tuple[str, Callable[[], Method]]] = {}
@@ -99,17 +109,25 @@ def _methods(
         if name not in BASELINES:
             raise ValueError(f"baselines: expected all or some of {', '.join(BASELINES)}, got {name!r}")
         found[name] = (f"{name} {__version__}", functools.partial(_baseline, name, sensor))
+    samples = False
     for name in models:
-        from ..models import load_model
+        from ..models import FSAStudent, FSATeacher, load_model
 
         path = _weights_file(name)
         label = path.stem
         if label in found:
             raise ValueError(f"model: expected files of different names, got {label} twice")
-        load_model(name, bands=bands)  # says at once what does not fit
+        model = load_model(name, bands=bands)  # says at once what does not fit
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        make = functools.partial(_model, name, bands, {"peak": peak, **options})
-        found[label] = (f"{label} {digest} {options['precision']}", make)
+        identity, given = f"{label} {digest} {options['precision']}", {"peak": peak, **options}
+        if isinstance(model, FSAStudent | FSATeacher):
+            from ..diffusion import Sampling
+
+            samples, given["sampling"] = True, sampling or Sampling()
+            identity += "".join(f" {key}={value}" for key, value in dataclasses.asdict(given["sampling"]).items())
+        found[label] = (identity, functools.partial(_model, name, bands, given))
+    if sampling is not None and not samples:
+        raise ValueError("steps, sampler, samples, seed: expected a diffusion model to use them, got none")
     if not found:
         raise ValueError("model, baselines: expected at least one method, got none")
     return found
@@ -165,6 +183,7 @@ def evaluate(
     published: str | None = None,
     device: str = "auto",
     precision: str = "float32",
+    sampling: Sampling | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -193,6 +212,7 @@ def evaluate(
         published: "WV3", "GF2", "QB", "WV2": compare with the papers' tables of that test set; None where the data has
             its sensor, number and size of scenes; "none" never.
         device, precision: of the networks, as in `pansharp_fast.sharpen`.
+        sampling: how diffusion models sample; None is `Sampling()`.
         overwrite: replace results of other settings in `out`.
         progress: called with (done, total).
 
@@ -221,7 +241,8 @@ def evaluate(
             if protocol not in PROTOCOLS:
                 raise ValueError(f"protocols: expected some of {', '.join(PROTOCOLS)}, got {protocol!r}")
         sensor.gains(source.bands)
-        methods = _methods(models, baselines, sensor, peak, source.bands, device=device, precision=precision)
+        options = {"device": device, "precision": precision}
+        methods = _methods(models, baselines, sensor, peak, source.bands, sampling, **options)
         folder = Path(out)
         settings = {
             **source.facts,

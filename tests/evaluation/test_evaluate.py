@@ -15,9 +15,12 @@ from pansharp_fast import metrics
 from pansharp_fast.baselines import BASELINES, exp, gsa
 from pansharp_fast.cli import main
 from pansharp_fast.data import degrade
+from pansharp_fast.diffusion import Sampling
 from pansharp_fast.evaluation import evaluate
 from pansharp_fast.evaluation.published import CONTRADICTED, PUBLISHED, recognise
 from pansharp_fast.evaluation.run import SHIFTS
+from pansharp_fast.inference import sharpen
+from pansharp_fast.models import FSAConfig, FSAStudent
 from pansharp_fast.models.checkpoint import save_model
 from pansharp_fast.models.pancrafter import PANCrafter, preset
 
@@ -48,6 +51,17 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "little.safetensors"
     save_model(path, PANCrafter(preset("tiny", bands=4)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = FSAStudent(FSAConfig.preset("tiny", bands=4, teacher=False))
+    torch.nn.init.normal_(model.final_conv.block[3].weight, std=0.1)  # zero in a fresh network
+    path = tmp_path_factory.mktemp("weights") / "student.safetensors"
+    save_model(path, model)
     return path
 
 
@@ -138,6 +152,20 @@ def test_methods_can_join_later(rr, tmp_path, weights):
     assert network == pytest.approx(plain, rel=0.3)
     only = evaluate(tmp_path, data=rr[0], baselines=["GSA"], **OPTIONS)
     assert list(only["summary"]["reduced"]) == ["GSA"]  # what was not asked for is not reported
+
+
+def test_diffusion_models_sample_as_told(rr, tmp_path, student):
+    path, gt, ms, pan = rr
+    options = OPTIONS | {"data": path, "models": [str(student)], "baselines": [], "max_scenes": 1}
+    sampling = Sampling(steps=2, samples=2, seed=3, sampler="dpm++")
+    found = evaluate(tmp_path, sampling=sampling, **options)
+    fused = sharpen(pan[:1], ms[:1], weights=str(student), peak=2047, sampling=sampling)
+    expected = float(metrics.ergas(fused, gt[:1], cut=6))
+    record = next(iter(values(found).values()))
+    assert record["ERGAS"] == pytest.approx(expected, rel=1e-6)
+    other = evaluate(tmp_path, sampling=Sampling(steps=1), **options)  # no result of another way is taken for it
+    assert next(iter(values(other).values()))["ERGAS"] != record["ERGAS"]
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 2
 
 
 def test_other_settings_are_refused(rr, tmp_path):
@@ -255,6 +283,7 @@ def test_rasters_are_cropped_and_crops_without_data_left_out(pair, tmp_path):
         ({"protocols": ["both"]}, "protocols: expected some of reduced, full, got 'both'"),
         ({"published": "WV9"}, "published: expected none or one of WV3, GF2, QB, WV2, got 'WV9'"),
         ({"models": ["no-such"]}, "weights: expected a file or one of"),
+        ({"sampling": Sampling(steps=2)}, "steps, sampler, samples, seed: expected a diffusion model to use them"),
     ],
 )
 def test_bad_arguments(rr, tmp_path, options, message):
@@ -330,9 +359,20 @@ def test_command(rr, tmp_path, weights):
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in result.stdout
 
 
+def test_command_with_a_diffusion_model(rr, tmp_path, student):
+    arguments = ["--data", str(rr[0]), "--sensor", "QB", "--model", str(student), "--cut", "6", "--max-scenes", "1"]
+    arguments += ["--steps", "2", "--samples", "2", "--sampler", "dpm++", "--seed", "3", "--baselines", "none"]
+    result = CliRunner().invoke(main, ["evaluate", *arguments, "--pictures", "0", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    [identity] = json.loads((tmp_path / "results.json").read_text())["settings"]["methods"].values()
+    assert identity.endswith("steps=2 sampler=dpm++ samples=2 seed=3")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (["--sensor", "QB", "--data", "x.h5", "--steps", "501"], 1, "Error: steps: expected 1 to 500"),
+        (["--sensor", "QB", "--data", "x.h5", "--sampler", "euler"], 2, "'euler' is not one of"),
         (["--sensor", "QB", "--baselines", "PCA"], 2, "expected all, none or some of EXP,Brovey,GSA,MTF-GLP-HPM,BT-H"),
         (["--sensor", "QB"], 1, "Error: data, pan, ms: expected either data or both pan and ms"),
         (["--sensor", "nothing", "--data", "x.h5"], 1, "Error: sensor: expected one of"),
