@@ -6,7 +6,7 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,31 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(run: Callable[[], Any], device: torch.device, budget: float = 1.5) -> float:
-    """Median time of a call after two calls of warm-up: three calls, or as many as the budget of seconds holds.
+def side_by_side(runs: Sequence[Callable[[], Any]], device: torch.device, budget: float = 1.5) -> list[float]:
+    """Median times of calls after two of warm-up.
 
-    On a GPU by events around each call, the cache emptied before it.
+    On a CPU one call of each in turn, so that a slow spell meets all of them: three rounds, or as many as the budget of
+    seconds holds for the slowest. On a GPU by events around each call, the cache emptied before it.
     """
-    for _ in range(2):
-        run()
+    for run in runs:
+        for _ in range(2):
+            run()
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return do_bench(run, warmup=100, rep=500, return_mode="median") / 1e3
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < budget and len(times) < 200):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        return [do_bench(run, warmup=100, rep=500, return_mode="median") / 1e3 for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
+    while len(times[0]) < 3 or (max(map(sum, times)) < budget and len(times[0]) < 200):
+        for run, own in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            own.append(time.perf_counter() - start)
+    return [statistics.median(own) for own in times]
+
+
+def seconds(run: Callable[[], Any], device: torch.device, budget: float = 1.5) -> float:
+    """Median time of a call, see `side_by_side`."""
+    return side_by_side([run], device, budget)[0]
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:

@@ -50,12 +50,12 @@ def run_case(case: Case, device: torch.device, rates: dict[str, float]) -> dict[
         if error is not None and not error <= case.tolerance:
             columns[name] = {"error": error, "failed": f"deviates by {error:.1e}, allowed {case.tolerance:.1e}"}
             continue
-        peak = measure.peak_bytes(run, device)
-        seconds = measure.seconds(run, device)
-        columns[name] = {
-            "error": error,
+        columns[name] = {"error": error, "peak_bytes": measure.peak_bytes(run, device)}
+    timed = [name for name, column in columns.items() if "failed" not in column]
+    times = measure.side_by_side([case.columns[name] for name in timed], device)
+    for name, seconds in zip(timed, times, strict=True):
+        columns[name] |= {
             "seconds": seconds,
-            "peak_bytes": peak,
             "share_of_copy_rate": case.traffic / rates["copy"] / seconds,
             "share_of_matrix_rate": case.flops / rates[str(case.dtype)] / seconds,
         }
@@ -78,10 +78,10 @@ def markdown(operator: str, report: dict[str, Any]) -> str:
     lines = [
         f"# {operator} on {report['device']}",
         "",
-        f"torch {report['torch']}. Times are medians in ms; the factor is against the first column; MB is the peak of "
-        "memory beyond the inputs; copy and matrix are shares of the rates that a plain copy and a plain matrix "
-        "product reached in the same run (bytes and operations are counted, not measured). Every column agreed with "
-        "the first one before it was timed.",
+        f"torch {report['torch']}. Times are medians in ms, the columns of a case called in turn; the factor is "
+        "against the first column; MB is the peak of memory beyond the inputs; copy and matrix are shares of the rates "
+        "that a plain copy and a plain matrix product reached in the same run (bytes and operations are counted, not "
+        "measured). Every column agreed with the first one before it was timed.",
         "",
         "| case | column | ms | factor | MB | copy | matrix |",
         "|---|---|---|---|---|---|---|",

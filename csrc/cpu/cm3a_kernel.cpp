@@ -24,7 +24,6 @@ namespace psf::PSF_CAPABILITY {
 namespace {
 
 using cm3a::Call;
-using cm3a::Element;
 using cm3a::Map;
 using cm3a::Tiling;
 

@@ -7,10 +7,9 @@
 #include <cstdint>
 
 #include "cpu/capability.h"
+#include "cpu/element.h"
 
 namespace psf::cm3a {
-
-enum class Element { f32, f64, bf16, f16 };
 
 // A [B, C, H, W] tensor with any strides, in elements.
 struct Map {

@@ -13,11 +13,12 @@
 #include <vector>
 
 #include "cpu/cm3a_kernel.h"
+#include "cpu/tensor.h"
 
 namespace {
 
+using psf::Element;
 using psf::cm3a::Call;
-using psf::cm3a::Element;
 using psf::cm3a::Map;
 using psf::cm3a::Tiling;
 using torch::headeronly::ScalarType;
@@ -26,22 +27,6 @@ using torch::stable::Tensor;
 // Gradients of weight and bias are summed per chunk of items and then in the order of chunks, so that they do not
 // depend on the number of threads.
 constexpr int64_t kMostChunks = 64;
-
-Element element_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Element::f32;
-    case ScalarType::Double:
-      return Element::f64;
-    case ScalarType::BFloat16:
-      return Element::bf16;
-    case ScalarType::Half:
-      return Element::f16;
-    default:
-      STD_TORCH_CHECK(false, "q: expected float32, float64, bfloat16 or float16");
-      return Element::f32;
-  }
-}
 
 Map map_of(const Tensor& tensor) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
@@ -83,7 +68,7 @@ Arguments arguments_of(const Tensor& q, const Tensor& k_pan, const Tensor& v_pan
   STD_TORCH_CHECK(window == 3 || window == 5, "window: expected 3 or 5, got ", window);
   Arguments result;
   Call& call = result.call;
-  call.element = element_of(q);
+  call.element = psf::element_of("q", q);
   call.batch = q.size(0);
   call.heads = heads;
   call.dim = q.size(1) / heads;

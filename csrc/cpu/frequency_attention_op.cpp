@@ -6,10 +6,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <new>
 #include <vector>
 
 #include "cpu/frequency_attention_kernel.h"
+#include "cpu/tensor.h"
 
 namespace psf {
 namespace {
@@ -20,20 +20,6 @@ using torch::stable::Tensor;
 // Frequencies and pixels of a task: enough to hide the cost of starting one, few enough to balance threads.
 constexpr int64_t kTaskFrequencies = 32 * kFrequencyBlock;
 constexpr int64_t kTaskPixels = 8 * kNormalizeBlock;
-
-template <typename T>
-class AlignedBuffer {
- public:
-  explicit AlignedBuffer(int64_t count)
-      : data_(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), std::align_val_t(64)))) {}
-  ~AlignedBuffer() { ::operator delete(data_, std::align_val_t(64)); }
-  AlignedBuffer(const AlignedBuffer&) = delete;
-  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
-  T* get() const { return data_; }
-
- private:
-  T* data_;
-};
 
 template <typename T>
 T* data(const Tensor& tensor) {

@@ -8,10 +8,9 @@
 #include <cstdint>
 
 #include "cpu/capability.h"
+#include "cpu/element.h"
 
 namespace psf::wavelet {
-
-enum class Element { f32, f64, bf16, f16 };
 
 // Row r of the result combines rows index[start[r]] ... index[start[r + 1] - 1] of the source.
 struct Rows {

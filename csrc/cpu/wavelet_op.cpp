@@ -5,14 +5,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <memory>
 #include <vector>
 
+#include "cpu/tensor.h"
 #include "cpu/wavelet_kernel.h"
 #include "math/wavelet.h"
 
@@ -23,21 +20,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace wavelet;
-
-Element element(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Element::f32;
-    case ScalarType::Double:
-      return Element::f64;
-    case ScalarType::BFloat16:
-      return Element::bf16;
-    case ScalarType::Half:
-      return Element::f16;
-    default:
-      STD_TORCH_CHECK(false, "x: expected float32, float64, bfloat16 or float16");
-  }
-}
 
 // Weights in the type of the arithmetic.
 class Weights {
@@ -177,23 +159,6 @@ void run(const Call& call, int64_t planes, void (*rows)(const Call&, int64_t, in
   });
 }
 
-// A result this big comes fresh from the kernel at every call (glibc returns blocks above its largest mmap threshold,
-// 32 MiB, at once): huge pages then cost far less than page faults, and caches cannot hold it.
-bool is_big(const Tensor& result) { return result.numel() * result.element_size() >= int64_t{32} << 20; }
-
-void prefer_huge_pages(const Tensor& result) {
-#ifdef __linux__
-  if (!is_big(result)) return;
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
-  const uintptr_t end = begin + result.numel() * result.element_size();
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  if (first < end) madvise(reinterpret_cast<void*>(first), (end - first) / kPage * kPage, MADV_HUGEPAGE);
-#else
-  (void)result;
-#endif
-}
-
 bool may_stream(const Tensor& result, int64_t width) {
   return is_big(result) && width * result.element_size() % 128 == 0 &&
          reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) % 64 == 0;
@@ -215,7 +180,7 @@ Tensor wavelet_fwd(const Tensor& x, std::vector<double> taps_y, std::vector<doub
   STD_TORCH_CHECK(x.dim() == 3, "x: expected [N, H, W], got ", x.dim(), " dimensions");
   check_taps(taps_y);
   check_taps(taps_x);
-  const Element type = element(x);
+  const Element type = element_of("x", x);
   const Tensor source = with_adjacent_columns(x);
   const int64_t rows = geometry(mode_y, x.size(1), static_cast<int64_t>(taps_y.size()) / 2, dilation).count;
   const Vertical vertical(entries(taps_y, mode_y, x.size(1), dilation), false, rows, type);
@@ -236,7 +201,7 @@ Tensor wavelet_bwd(const Tensor& a, const Tensor& h, const Tensor& v, const Tens
                    int64_t width) {
   check_taps(taps_y);
   check_taps(taps_x);
-  const Element type = element(a);
+  const Element type = element_of("bands", a);
   const Vertical vertical(entries(taps_y, mode_y, height, dilation), true, height, type);
   const Horizontal horizontal(taps_x, mode_x, width, dilation, type);
   const Line line = horizontal.line();

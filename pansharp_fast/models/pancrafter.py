@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.cm3a import ATTENTION_KEYS, CM3A, NEIGHBOURS
+from ..nn.convolution import Conv3x3, LayerNorm, linear_gelu, norm_silu_conv
 
 #: PAN pixels per MS pixel, in each direction.
 RATIO = 4
@@ -146,23 +147,6 @@ def preset(name: str, **changes: Any) -> PANCrafterConfig:
     return PANCrafterConfig(**{**PRESETS[name], **changes})
 
 
-def _channel_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Layer norm over the channels of [B, C, H, W]; free of copies where the memory is channels_last."""
-    return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], weight, bias, eps=1e-6).permute(0, 3, 1, 2)
-
-
-class LayerNorm(nn.Module):
-    """Layer norm over the channels of each pixel of [B, C, H, W]."""
-
-    def __init__(self, channels: int, affine: bool = True) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _channel_norm(x, self.weight, self.bias)
-
-
 def _norm(config: PANCrafterConfig, channels: int) -> nn.Module:
     return LayerNorm(channels) if config.norm == "layer" else nn.GroupNorm(config.norm_groups, channels)
 
@@ -181,38 +165,23 @@ def _pair(values: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _modulated(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """norm(x)·(1 + scale) + shift with scale and shift [B, C, 1, 1]."""
-    if len(x) > 1:
-        return norm(x) * (1 + scale) + shift
-    # One sample: the same in one pass over the features, the modulation folded into the norm's own affine map.
-    scale, shift = (1 + scale).flatten(), shift.flatten()
-    weight, bias = norm.weight * scale, norm.bias * scale + shift  # type: ignore[operator]
-    if isinstance(norm, nn.GroupNorm):
-        return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
-    return _channel_norm(x, weight, bias)
-
-
 class ResBlock(nn.Module):
     """Two 3x3 convolutions, the second one modulated by the mode (eq. 5 and 6). [B, C_in, H, W] -> [B, C_out, H, W]."""
 
     def __init__(self, config: PANCrafterConfig, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.in_layers = nn.Sequential(_norm(config, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.in_layers = nn.Sequential(_norm(config, inputs), nn.SiLU(), Conv3x3(inputs, outputs))
         self.emb_layers = _modulation(config, outputs, start=0.0)
-        last = nn.Conv2d(outputs, outputs, 3, padding=1)
+        last = Conv3x3(outputs, outputs)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.out_layers = nn.Sequential(_norm(config, outputs), nn.SiLU(), nn.Dropout(config.dropout), last)
         self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        scale, shift = _pair(self.emb_layers(c))
-        norm, *rest = self.out_layers
-        out = _modulated(norm, self.in_layers(x), scale, shift)
-        for layer in rest:
-            out = layer(out)
-        return out + self.skip_connection(x)
+        scale, shift = self.emb_layers(c).chunk(2, 1)
+        out = norm_silu_conv(self.in_layers, x)
+        return norm_silu_conv(self.out_layers, out, modulation=(scale, shift), residual=self.skip_connection(x))
 
 
 class Mlp(nn.Module):
@@ -224,8 +193,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.fc1(x.permute(0, 2, 3, 1)), approximate="tanh")
-        return self.fc2(hidden).permute(0, 3, 1, 2)
+        return self.fc2(linear_gelu(self.fc1, x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
 class AttnBlock(nn.Module):
@@ -252,7 +220,7 @@ class AttnBlock(nn.Module):
         ms, lpan, pan = condition
         x_pan, x_ms = self.attn(self.norm(x), ms, lpan, pan, s)
         gate_ms, gate_pan = _pair(self.adaLN_modulation(c))
-        x = x + gate_ms * x_ms + gate_pan * x_pan
+        x = torch.addcmul(torch.addcmul(x, gate_ms, x_ms), gate_pan, x_pan)
         return x + self.mlp(self.norm(x))
 
 
@@ -296,7 +264,7 @@ class PANCrafter(nn.Module):
         if config.modulation == "embedding":
             self.s_token = nn.Parameter(torch.randn(2, config.s_embed_size))
         shuffled = config.stem_stride**2
-        self.input = nn.Conv2d((config.bands + (3 if config.pan_detail else 1)) * shuffled, widths[0], 3, padding=1)
+        self.input = Conv3x3((config.bands + (3 if config.pan_detail else 1)) * shuffled, widths[0])
 
         def blocks(scale: int, inputs: int) -> nn.ModuleList:
             sizes = [inputs] + [widths[scale]] * depth[scale]
@@ -316,7 +284,7 @@ class PANCrafter(nn.Module):
             attention(f"cond{number}_d", scale)
         self.middle = blocks(bottom, widths[bottom])
         attention(f"cond{bottom + 1}", bottom)
-        head = nn.Conv2d(widths[0], config.bands * shuffled, 3, padding=1)
+        head = Conv3x3(widths[0], config.bands * shuffled)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)  # type: ignore[arg-type]
         self.output = nn.Sequential(_norm(config, widths[0]), nn.SiLU(), head)
@@ -370,7 +338,7 @@ class PANCrafter(nn.Module):
         for scale in reversed(range(bottom)):
             x = torch.cat([self.get_submodule(f"up{scale + 1}")(x), skips[scale]], 1)
             x = run(f"decoder{scale + 1}", f"cond{scale + 1}_d", x, scale)
-        x = self.output(x)
+        x = norm_silu_conv(self.output, x)
         return F.pixel_shuffle(x, config.stem_stride) if config.stem_stride > 1 else x
 
     def _check(self, pan: Tensor, lpan: Tensor, ms: Tensor) -> None:

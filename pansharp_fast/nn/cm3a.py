@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.cm3a import cm3a
+from .convolution import Conv3x3, joined
 
 ATTENTION_KEYS = ("aligned", "released")
 NEIGHBOURS = ("learned", "shift")
@@ -66,6 +67,8 @@ class CM3A(nn.Module):
         self.attention_keys, self.pan_detail = attention_keys, pan_detail
 
         def projection(inputs: int, outputs: int, size: int) -> nn.Conv2d:
+            if size == 3:
+                return Conv3x3(inputs, outputs, bias=qkv_bias)
             return nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=qkv_bias)
 
         self.q = projection(dim + ms_channel, dim, pan_ks)
@@ -95,13 +98,13 @@ class CM3A(nn.Module):
             ValueError: attention_keys is "released" and the map is not square.
         """
         blend = s.to(ms.dtype).view(-1, 1, 1, 1)
-        q = self.q(torch.cat([x, torch.lerp(lpan.expand_as(ms), ms, blend)], 1))
-        v_pan = self.v_pan(torch.cat([x, lpan, pan, pan - lpan] if self.pan_detail else [x, lpan], 1))
-        k_ms, v_ms = self.kv_ms(torch.cat([x, ms], 1)).chunk(2, 1)
+        q = self.q(joined(x, torch.lerp(lpan.expand_as(ms), ms, blend)))
+        v_pan = self.v_pan(joined(x, lpan, pan, pan - lpan) if self.pan_detail else joined(x, lpan))
+        k_ms, v_ms = self.kv_ms(joined(x, ms)).chunk(2, 1)
         if self.attention_keys == "released":
             k_pan, k_ms = k_ms, transposed_keys(k_ms, self.num_heads)
         else:
-            k_pan = self.k_pan(torch.cat([x, lpan], 1))
+            k_pan = self.k_pan(joined(x, lpan))
         weight = bias = None
         if self.dep_conv is not None:
             weight = self.dep_conv.weight.view(self.head_dim, self.ka**2, self.ka, self.ka)

@@ -1,43 +1,143 @@
-"""3x3 convolutions of the diffusion networks, which are most of their arithmetic."""
+"""3x3 convolutions, alone and in the residual blocks of the networks, which spend most of their arithmetic in them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from .. import ops
 from ..ops._backends import requested
 
-#: From these sizes on Winograd's fewer multiplications outweigh its transforms.
-_CHANNELS, _PIXELS = 24, 64 * 64
+#: From these sizes on Winograd's fewer multiplications outweigh its transforms (16 bits: against wider products); with
+#: norm, activation and residual in the same pass fewer outputs suffice.
+_CHANNELS, _FUSED_OUTPUTS = 24, 8
+_PIXELS = {torch.float32: 32 * 32, torch.bfloat16: 64 * 64, torch.float16: 64 * 64}
+
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Conv3x3(nn.Conv2d):
     """3x3 convolution with a border of zeros and stride 1.
 
-    At inference in float32 on the CPU large maps go through NNPACK's Winograd kernels, as PyTorch ships them: half
-    the time of its direct kernels or less, with a rounding error of 1e-5 of the largest value instead of 1e-6.
-    `torch.backends.nnpack.set_flags(False)` and the backend "reference" keep the direct kernels.
+    At inference on the CPU large maps go through `ops.conv3x3`, which the backend "reference" avoids.
     """
 
     def __init__(self, channels: int, out: int, bias: bool = True) -> None:
         super().__init__(channels, out, 3, padding=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._winograd(x):
-            return torch._nnpack_spatial_convolution(x, self.weight, self.bias, 1)
+        if _pays(self, x, _CHANNELS):
+            return ops.conv3x3(x, self.weight, self.bias)
         return super().forward(x)
 
-    def _winograd(self, x: Tensor) -> bool:
-        return (
-            x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
-            and min(self.in_channels, self.out_channels) >= _CHANNELS
-            and x.shape[0] > 0
-            and x.shape[-2] * x.shape[-1] >= _PIXELS
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and requested()[0] != "reference"
-            and torch._C._get_nnpack_enabled()
-            and torch._nnpack_available()
-        )
+
+class LayerNorm(nn.Module):
+    """Layer norm over the channels of each pixel of [B, C, H, W]; free of copies in channels_last."""
+
+    def __init__(self, channels: int, affine: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalise(x, self.weight, self.bias)
+
+    def normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The norm of x with other factors."""
+        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], weight, bias, eps=1e-6).permute(0, 3, 1, 2)
+
+
+def norm_silu_conv(
+    layers: nn.Sequential,
+    x: Tensor,
+    *,
+    modulation: tuple[Tensor, Tensor] | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """conv(dropout(silu(norm(x)·(1 + scale) + offset))) + shift + residual, in as few passes as pays.
+
+    Args:
+        layers: norm (`nn.GroupNorm` or `LayerNorm`), SiLU, possibly dropout, 3x3 convolution with a border of zeros.
+        x: [B, C, H, W].
+        modulation: scale and offset, each [B, C]; None: norm(x) as it is.
+        shift: [B, O], added to the result.
+        residual: [B, O, H, W], added to the result.
+    """
+    norm: Any = layers[0]
+    conv: Any = layers[-1]
+    dropping = any(isinstance(layer, nn.Dropout) and layer.training for layer in layers)
+    if _pays(conv, x, _FUSED_OUTPUTS) and not dropping:
+        bias = conv.bias
+        if shift is not None:
+            bias = shift.float() if bias is None else shift.float() + bias.float()
+        if not isinstance(norm, nn.GroupNorm):
+            x = _modulated(norm, x, modulation)
+            return ops.conv3x3(x, conv.weight, bias, silu=True, residual=residual)
+        scale, offset = ops.group_norm_factors(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps)
+        if modulation is not None:
+            factor = 1 + modulation[0].float()
+            scale, offset = scale * factor, offset * factor + modulation[1].float()
+        return ops.conv3x3(x, conv.weight, bias, scale=scale, shift=offset, silu=True, residual=residual)
+    x = _modulated(norm, x, modulation)
+    for layer in list(layers)[1:]:
+        x = layer(x)
+    if shift is not None:
+        x = x + shift[:, :, None, None]
+    return x if residual is None else x + residual
+
+
+def _modulated(norm: Any, x: Tensor, modulation: tuple[Tensor, Tensor] | None) -> Tensor:
+    """norm(x)·(1 + scale) + offset."""
+    if modulation is None:
+        return norm(x)
+    scale, offset = modulation
+    if len(x) > 1:
+        return norm(x) * (1 + scale[:, :, None, None]) + offset[:, :, None, None]
+    # One image: the modulation is folded into the norm's own affine map, which saves a pass over the features.
+    factor = 1 + scale[0]
+    weight = factor if norm.weight is None else norm.weight * factor
+    bias = offset[0] if norm.bias is None else norm.bias * factor + offset[0]
+    if isinstance(norm, nn.GroupNorm):
+        return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+    return norm.normalise(x, weight, bias)
+
+
+def joined(x: Tensor, *others: Tensor) -> Tensor:
+    """`torch.cat` of [B, C, H, W] tensors along channels, in channels_last where x is, whatever the others are."""
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.cat([x, *others], 1)
+    return torch.cat([tensor.permute(0, 2, 3, 1) for tensor in (x, *others)], 3).permute(0, 3, 1, 2)
+
+
+def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
+    """gelu(linear(x)), the tanh form; at inference on the CPU oneDNN applies it while the product is in cache."""
+    if _ONEDNN and _inference(x) and linear.weight.dtype == x.dtype and not torch.compiler.is_compiling():
+        return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh")
+    return F.gelu(linear(x), approximate="tanh")
+
+
+def _inference(x: Tensor) -> bool:
+    """Whether faster forms of the same computation may run: on the CPU, for a result alone."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in _PIXELS
+        and x.numel() > 0
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and requested()[0] in ("auto", "cpu")
+    )
+
+
+def _pays(conv: nn.Conv2d, x: Tensor, outputs: int) -> bool:
+    """Whether a 3x3 convolution of x with at least so many outputs goes through `ops.conv3x3`."""
+    return (
+        _inference(x)
+        and x.dtype == conv.weight.dtype
+        and conv.in_channels >= _CHANNELS
+        and conv.out_channels >= outputs
+        and x.shape[-2] * x.shape[-1] >= _PIXELS[x.dtype]
+    )

@@ -2,6 +2,7 @@
 
 from ._backends import BACKENDS, OPERATORS, BackendError, Operator, Support, explain, select, use_backend
 from .cm3a import cm3a
+from .convolution import conv3x3, group_norm_factors
 from .frequency_attention import frequency_attention
 from .wavelet import dwt2, idwt2, iswt2, swt2, wavedec2, waverec2
 
@@ -12,9 +13,11 @@ __all__ = [
     "Operator",
     "Support",
     "cm3a",
+    "conv3x3",
     "dwt2",
     "explain",
     "frequency_attention",
+    "group_norm_factors",
     "idwt2",
     "iswt2",
     "select",

@@ -1,6 +1,7 @@
 """Plain PyTorch, readable next to the equations: the oracle of every kernel and the last fallback."""
 
 from .cm3a import cm3a
+from .convolution import conv3x3, group_norm_factors
 from .frequency_attention import frequency_attention
 
-__all__ = ["cm3a", "frequency_attention"]
+__all__ = ["cm3a", "conv3x3", "frequency_attention", "group_norm_factors"]

@@ -1,47 +1,82 @@
-"""The Winograd path of 3x3 convolutions: its values, and when it is taken."""
+"""Convolutions inside networks: values, and when the faster forms are taken."""
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from pansharp_fast import use_backend
 from pansharp_fast.nn import Conv3x3
+from pansharp_fast.nn.convolution import LayerNorm, joined, linear_gelu, norm_silu_conv
 
 
-@pytest.fixture
-def module():
-    return Conv3x3(32, 48)
+def calls(run):
+    """How often `run` reaches the compiled convolution."""
+    with torch.profiler.profile() as trace:
+        run()
+    return sum(event.count for event in trace.key_averages() if event.key == "pansharp_fast::conv3x3_fwd")
 
 
-@pytest.fixture
-def image():
-    return torch.randn(1, 32, 97, 100)
-
-
-def direct(module, x):
-    return F.conv2d(x.double(), module.weight.double(), module.bias.double(), padding=1)
-
-
-def test_values(module, image):
+def test_when_the_kernel_runs():
+    module, image = Conv3x3(32, 48), torch.randn(1, 32, 40, 41)
+    expected = F.conv2d(image.double(), module.weight.double(), module.bias.double(), padding=1)
     with torch.no_grad():
-        if not module._winograd(image):
-            pytest.skip("this PyTorch has no NNPACK")
-        expected = direct(module, image)
-        assert (module(image) - expected).abs().max() <= 5e-5 * expected.abs().max()
-        strided = image.contiguous(memory_format=torch.channels_last)
-        assert (module(strided) - expected).abs().max() <= 5e-5 * expected.abs().max()
-
-
-def test_direct_kernels_wherever_they_are_wanted(module, image):
-    assert not module._winograd(image)  # gradients are recorded
-    with torch.no_grad():
-        assert not module._winograd(image[..., :40])
-        assert not module._winograd(image.double())
-        assert not Conv3x3(32, 16)._winograd(image)
+        assert calls(lambda: module(image)) == 1
+        assert (module(image) - expected).abs().max() <= 2e-5 * expected.abs().max()
+        assert calls(lambda: module(image[..., :20])) == 0  # too small to pay
+        assert calls(lambda: Conv3x3(32, 16)(image)) == 0
+        assert calls(lambda: module.double()(image.double())) == 0
+        module.float()
         with use_backend("reference"):
-            assert not module._winograd(image)
+            assert calls(lambda: module(image)) == 0
             torch.testing.assert_close(module(image), F.conv2d(image, module.weight, module.bias, padding=1))
         with torch.autocast("cpu", torch.bfloat16):
-            assert not module._winograd(image)
-        with torch.backends.nnpack.flags(enabled=False):
-            assert not module._winograd(image)
+            assert calls(lambda: module(image)) == 0
+    assert calls(lambda: module(image)) == 0  # gradients are recorded
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", ["group", "layer"])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_norm_silu_conv(batch, kind, modulated):
+    norm = nn.GroupNorm(8, 32) if kind == "group" else LayerNorm(32)
+    conv, dropout = Conv3x3(32, 20), nn.Dropout(0.5).eval()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_()
+    layers = nn.Sequential(norm, nn.SiLU(), dropout, conv)
+    x = torch.randn(batch, 32, 36, 33).contiguous(memory_format=torch.channels_last)
+    options = {"shift": torch.randn(batch, 20), "residual": torch.randn(batch, 20, 36, 33)}
+    if modulated:
+        options["modulation"] = (torch.randn(batch, 32), torch.randn(batch, 32))
+    y = norm(x)
+    if modulated:
+        scale, offset = (each[:, :, None, None] for each in options["modulation"])
+        y = y * (1 + scale) + offset
+    expected = conv(F.silu(y)) + options["shift"][:, :, None, None] + options["residual"]
+    torch.testing.assert_close(norm_silu_conv(layers, x, **options), expected, rtol=1e-5, atol=2e-5)
+    with torch.no_grad():
+        assert calls(lambda: norm_silu_conv(layers, x, **options)) == 1
+        torch.testing.assert_close(norm_silu_conv(layers, x, **options), expected, rtol=1e-4, atol=2e-5)
+        dropout.train()
+        assert calls(lambda: norm_silu_conv(layers, x, **options)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_gelu(dtype):
+    linear, x = nn.Linear(16, 24).to(dtype), torch.randn(2, 5, 16).to(dtype)
+    expected = F.gelu(linear(x), approximate="tanh")
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    with torch.no_grad():
+        torch.testing.assert_close(linear_gelu(linear, x), expected, rtol=tolerance, atol=tolerance)
+    (gradient,) = torch.autograd.grad(linear_gelu(linear, x).sum(), linear.weight)
+    assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_joined(layout):
+    x = torch.randn(2, 5, 4, 3).contiguous(memory_format=layout)
+    others = (torch.randn(2, 1, 4, 3), torch.randn(2, 3, 4, 3))
+    result = joined(x, *others)
+    assert torch.equal(result, torch.cat([x, *others], 1))
+    assert result.is_contiguous(memory_format=layout)

@@ -1,0 +1,353 @@
+// 3x3 convolutions by Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray, 2016): a quarter of the
+// multiplications.
+//
+// A block of tiles goes through at once and stays in the second-level cache: patches of 6x6 pixels, normalised and
+// activated on the way in, become 36 numbers a channel; 36 matrix products over channels follow, a panel of outputs at
+// a time; the way back to 4x4 pixels adds bias and residual. Vectors run over channels. All arithmetic is float32.
+#include "cpu/convolution_kernel.h"
+
+#include "cpu/vector.h"
+
+namespace psf::PSF_CAPABILITY {
+namespace {
+
+using namespace psf::convolution;
+
+constexpr int64_t kLanes = Vector<float>::lanes;
+#define PSF_UNROLL _Pragma("GCC unroll 16")
+// Tiles and vectors of outputs whose sums stay in registers.
+constexpr int64_t kGroup = kBytes == 64 ? 8 : 4;
+constexpr int64_t kPanelVectors = 2;
+constexpr int64_t kPanel = kPanelVectors * kLanes;
+
+PSF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The first `count` of a vector's lanes; the others are 0.
+template <class T>
+PSF_INLINE Floats load_some(const T* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  Floats v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = load_one(p + i);
+  return v;
+}
+template <class T>
+PSF_INLINE void store_some(T* p, Floats v, int64_t count) {
+  if (count >= kLanes) return store(p, v);
+  for (int64_t i = 0; i < count; ++i) store_one(p + i, v[i]);
+}
+
+PSF_INLINE Floats sigmoid_weighted(Floats x) {
+  const Floats e = exponential(x < 0.0f ? x : -x);
+  return (x < 0.0f ? x * e : x) / (1.0f + e);
+}
+
+// d <- Bᵀ d for six samples: what a patch becomes along one axis.
+PSF_INLINE void transform_patch(Floats (&d)[6]) {
+  const Floats even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
+  const Floats near = d[4] - d[2], far = 2.0f * (d[3] - d[1]);
+  d[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
+  d[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
+  d[1] = even + odd;
+  d[2] = even - odd;
+  d[3] = near + far;
+  d[4] = near - far;
+}
+
+// Aᵀ m: six products along one axis become four pixels.
+PSF_INLINE void transform_products(const Floats (&m)[6], Floats (&y)[4]) {
+  const Floats s1 = m[1] + m[2], d1 = m[1] - m[2], s2 = m[3] + m[4], d2 = m[3] - m[4];
+  y[0] = m[0] + s1 + s2;
+  y[1] = d1 + 2.0f * d2;
+  y[2] = s1 + 4.0f * s2;
+  y[3] = d1 + 8.0f * d2 + m[5];
+}
+
+// G g: three taps along one axis become six factors.
+PSF_INLINE void transform_taps(Floats g0, Floats g1, Floats g2, Floats (&u)[6]) {
+  const Floats outer = g0 + g2, spread = g0 + 4.0f * g2;
+  u[0] = 0.25f * g0;
+  u[1] = (outer + g1) * (-1.0f / 6);
+  u[2] = (outer - g1) * (-1.0f / 6);
+  u[3] = (spread + 2.0f * g1) * (1.0f / 24);
+  u[4] = (spread - 2.0f * g1) * (1.0f / 24);
+  u[5] = g2;
+}
+
+// Where a block lies: its image, first pixel and number of tiles.
+struct Block {
+  int64_t image, y, x, rows, columns;
+  Block(const Call& call, const Plan& plan, int64_t task) {
+    const int64_t blocks = plan.blocks_down * plan.blocks_across;
+    image = task / blocks;
+    y = task % blocks / plan.blocks_across * kRows * kTile;
+    x = task % blocks % plan.blocks_across * plan.columns * kTile;
+    rows = smaller(kRows, (call.height - y + kTile - 1) / kTile);
+    columns = smaller(plan.columns, (call.width - x + kTile - 1) / kTile);
+  }
+  int64_t tiles() const { return rows * columns; }
+};
+
+// Scratch memory of a thread.
+struct Scratch {
+  float *pixels, *patches, *products;
+  int64_t patch_step, product_step;  // from one of the 36 to the next
+};
+
+// Six rows of pixels, each [vectors of channels][pixels of a block's row][lanes].
+int64_t line_size(const Plan& plan) { return plan.row * (plan.columns * kTile + 2); }
+int64_t groups(const Plan& plan) { return (kRows * plan.columns + kGroup - 1) / kGroup * kGroup; }
+
+Scratch scratch_of(const Plan& plan, float* memory) {
+  // A cache line more than a power of two: the 36 lines that a tile writes must not share one set of the cache.
+  Scratch s;
+  s.patch_step = groups(plan) * plan.row + 16;
+  s.product_step = groups(plan) * kPanel + 16;
+  s.pixels = memory;
+  s.patches = s.pixels + kPatch * line_size(plan);
+  s.products = s.patches + kProducts * s.patch_step;
+  return s;
+}
+
+// Row y of the image, where the block sees it: all channels, normalised and activated, zero outside.
+template <class T>
+void load_line(const Call& call, const Block& at, int64_t y, float* line) {
+  const int64_t columns = at.columns * kTile + 2;
+  const bool inside = y >= 0 && y < call.height;
+  const int64_t first = inside ? (at.x == 0 ? 1 : 0) : columns;
+  const int64_t last = inside ? smaller(columns, call.width - at.x + 1) : columns;
+  const float* scale = call.scale == nullptr ? nullptr : call.scale + at.image * call.channels;
+  const float* shift = call.scale == nullptr ? nullptr : call.shift + at.image * call.channels;
+  const T* source =
+      static_cast<const T*>(call.x.data) + at.image * call.x.image + y * call.x.row + (at.x - 1) * call.x.pixel;
+  for (int64_t c = 0; c < call.channels; c += kLanes) {
+    for (int64_t i = 0; i < first; ++i) store(line + (c * columns + i * kLanes), Floats{});
+    for (int64_t i = last; i < columns; ++i) store(line + (c * columns + i * kLanes), Floats{});
+  }
+  // Pixel after pixel, as they lie in memory: another order would meet the same few sets of the cache again and again.
+  for (int64_t i = first; i < last; ++i) {
+    const T* pixel = source + i * call.x.pixel;
+    for (int64_t c = 0; c < call.channels; c += kLanes) {
+      const int64_t count = call.channels - c;
+      Floats v = load_some(pixel + c, count);
+      if (scale != nullptr) v = v * load_some(scale + c, count) + load_some(shift + c, count);
+      if (call.silu) v = sigmoid_weighted(v);
+      store(line + (c * columns + i * kLanes), v);
+    }
+  }
+}
+
+// The 36 numbers of every tile of one row of tiles, one vector of channels.
+PSF_INLINE void transform_pixels(const float* const (&lines)[kPatch], int64_t tiles, int64_t row, int64_t step,
+                                 float* patches) {
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    Floats rows[6][6];
+    PSF_UNROLL for (int64_t j = 0; j < 6; ++j) {
+      Floats column[6];
+      PSF_UNROLL for (int64_t i = 0; i < 6; ++i) column[i] = load(lines[i] + (tile * kTile + j) * kLanes);
+      transform_patch(column);
+      PSF_UNROLL for (int64_t i = 0; i < 6; ++i) rows[i][j] = column[i];
+    }
+    float* out = patches + tile * row;
+    PSF_UNROLL for (int64_t i = 0; i < 6; ++i) {
+      transform_patch(rows[i]);
+      PSF_UNROLL for (int64_t j = 0; j < 6; ++j) store(out + (i * 6 + j) * step, rows[i][j]);
+    }
+  }
+}
+
+// products [kGroup, kPanel] = patches [kGroup, channels] weight [channels, kPanel].
+PSF_INLINE void multiply(const float* patches, int64_t row, const float* weight, int64_t channels, float* products) {
+  Floats sum[kGroup][kPanelVectors] = {};
+  for (int64_t c = 0; c < channels; ++c) {
+    Floats w[kPanelVectors];
+    PSF_UNROLL for (int64_t v = 0; v < kPanelVectors; ++v) w[v] = load(weight + c * kPanel + v * kLanes);
+    PSF_UNROLL for (int64_t t = 0; t < kGroup; ++t) {
+      const float value = patches[t * row + c];
+      PSF_UNROLL for (int64_t v = 0; v < kPanelVectors; ++v) sum[t][v] += value * w[v];
+    }
+  }
+  PSF_UNROLL for (int64_t t = 0; t < kGroup; ++t) PSF_UNROLL for (int64_t v = 0; v < kPanelVectors; ++v)
+      store(products + t * kPanel + v * kLanes, sum[t][v]);
+}
+
+// Pixels of one panel of outputs from `o`, all tiles.
+template <class T>
+void store_pixels(const Call& call, const Block& at, int64_t o, int64_t step, const float* products) {
+  T* out = static_cast<T*>(call.y.data) + at.image * call.y.image + o;
+  const T* residual = static_cast<const T*>(call.residual.data);
+  if (residual != nullptr) residual += at.image * call.residual.image + o;
+  const float* bias = call.bias == nullptr ? nullptr : call.bias + at.image * call.bias_image + o;
+  const int64_t vectors = smaller(kPanelVectors, (call.outputs - o + kLanes - 1) / kLanes);
+  for (int64_t tile = 0; tile < at.tiles(); ++tile) {
+    const int64_t y = at.y + tile / at.columns * kTile, x = at.x + tile % at.columns * kTile;
+    const int64_t rows = smaller(kTile, call.height - y), columns = smaller(kTile, call.width - x);
+    if (residual != nullptr)  // of the next tile
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = kTile; j < smaller(2 * kTile, call.width - x); ++j)
+          for (int64_t v = 0; v < vectors; ++v)
+            __builtin_prefetch(residual + (y + i) * call.residual.row + (x + j) * call.residual.pixel + v * kLanes);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t count = call.outputs - o - v * kLanes;
+      const Floats add = bias != nullptr ? load_some(bias + v * kLanes, count) : Floats{};
+      const float* in = products + tile * kPanel + v * kLanes;
+      Floats half[6][4];
+      PSF_UNROLL for (int64_t i = 0; i < 6; ++i) {
+        Floats m[6];
+        PSF_UNROLL for (int64_t j = 0; j < 6; ++j) m[j] = load(in + (i * 6 + j) * step);
+        transform_products(m, half[i]);
+      }
+      Floats pixels[4][4];
+      PSF_UNROLL for (int64_t j = 0; j < 4; ++j) {
+        Floats m[6], result[4];
+        PSF_UNROLL for (int64_t i = 0; i < 6; ++i) m[i] = half[i][j];
+        transform_products(m, result);
+        PSF_UNROLL for (int64_t i = 0; i < 4; ++i) pixels[i][j] = result[i];
+      }
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) {
+          Floats value = pixels[i][j] + add;
+          if (residual != nullptr)
+            value +=
+                load_some(residual + (y + i) * call.residual.row + (x + j) * call.residual.pixel + v * kLanes, count);
+          T* to = out + (y + i) * call.y.row + (x + j) * call.y.pixel + v * kLanes;
+          if (call.stream)
+            stream(to, value);
+          else
+            store_some(to, value, count);
+        }
+    }
+  }
+}
+
+template <class T>
+void run_block(const Call& call, const Plan& plan, int64_t task, float* memory) {
+  const Block at(call, plan, task);
+  const Scratch s = scratch_of(plan, memory);
+  const int64_t size = line_size(plan), columns = at.columns * kTile + 2;
+  for (int64_t row = 0; row < at.rows; ++row) {
+    // Two of the six rows are there from the row of tiles above.
+    for (int64_t i = row == 0 ? 0 : 2; i < kPatch; ++i)
+      load_line<T>(call, at, at.y + row * kTile + i - 1, s.pixels + (row * kTile + i) % kPatch * size);
+    for (int64_t c = 0; c < call.channels; c += kLanes) {
+      const float* lines[kPatch];
+      for (int64_t i = 0; i < kPatch; ++i) lines[i] = s.pixels + (row * kTile + i) % kPatch * size + c * columns;
+      transform_pixels(lines, at.columns, plan.row, s.patch_step, s.patches + row * at.columns * plan.row + c);
+    }
+  }
+  for (int64_t tile = at.tiles(); tile % kGroup != 0; ++tile)
+    for (int64_t i = 0; i < kProducts; ++i)
+      for (int64_t c = 0; c < plan.row; c += kLanes)
+        store(s.patches + i * s.patch_step + tile * plan.row + c, Floats{});
+  for (int64_t panel = 0; panel < plan.panels; ++panel) {
+    const float* weight = call.weight + panel * plan.panel_weights;
+    for (int64_t product = 0; product < kProducts; ++product)
+      for (int64_t tile = 0; tile < at.tiles(); tile += kGroup)
+        multiply(s.patches + product * s.patch_step + tile * plan.row, plan.row,
+                 weight + product * call.channels * kPanel, call.channels,
+                 s.products + product * s.product_step + tile * kPanel);
+    store_pixels<T>(call, at, panel * kPanel, s.product_step, s.products);
+  }
+  if (call.stream) end_of_streams();
+}
+
+template <class T>
+void weight_panels(const Call& call, const Plan& plan, const T* weight, const int64_t (&strides)[4], int64_t begin,
+                   int64_t end, float* result) {
+  for (int64_t panel = begin; panel < end; ++panel)
+    for (int64_t c = 0; c < call.channels; ++c)
+      for (int64_t v = 0; v < kPanelVectors; ++v) {
+        const int64_t o = panel * kPanel + v * kLanes, count = smaller(kLanes, call.outputs - o);
+        Floats taps[3][3] = {};
+        for (int64_t lane = 0; lane < count; ++lane) {
+          const T* kernel = weight + (o + lane) * strides[0] + c * strides[1];
+          for (int64_t i = 0; i < 3; ++i)
+            for (int64_t j = 0; j < 3; ++j) taps[i][j][lane] = load_one(kernel + i * strides[2] + j * strides[3]);
+        }
+        Floats half[3][6];
+        for (int64_t j = 0; j < 3; ++j) transform_taps(taps[0][j], taps[1][j], taps[2][j], half[j]);
+        for (int64_t i = 0; i < 6; ++i) {
+          Floats u[6];
+          transform_taps(half[0][i], half[1][i], half[2][i], u);
+          for (int64_t j = 0; j < 6; ++j)
+            store(result + panel * plan.panel_weights + ((i * 6 + j) * call.channels + c) * kPanel + v * kLanes, u[j]);
+        }
+      }
+}
+
+template <class T>
+void sum_channels(const Call& call, const T* image, int64_t begin, int64_t end, double* sums) {
+  for (int64_t first = begin; first < end; first += kChunk) {
+    const int64_t last = smaller(first + kChunk, end);
+    for (int64_t c = 0; c < call.channels; c += kLanes) {
+      const int64_t count = smaller(kLanes, call.channels - c);
+      const Floats origin = load_some(image + c, count);
+      Floats sum{}, square{};
+      for (int64_t p = first; p < last; ++p) {
+        const Floats v =
+            load_some(image + p / call.width * call.x.row + p % call.width * call.x.pixel + c, count) - origin;
+        sum += v;
+        square += v * v;
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        sums[c + i] += sum[i];
+        sums[call.channels + c + i] += square[i];
+      }
+    }
+  }
+}
+
+// body(value of the element's type) for the types that are computed in float32.
+template <class Body>
+void by_element(Element element, Body body) {
+  switch (element) {
+    case Element::bf16:
+      return body(BFloat16{});
+    case Element::f16:
+      return body(Half{});
+    default:
+      return body(float{});
+  }
+}
+
+}  // namespace
+
+Plan winograd_plan(const Call& call) {
+  Plan plan{};
+  const int64_t down = (call.height + kTile - 1) / kTile, across = (call.width + kTile - 1) / kTile;
+  // Patches and products of a block should fit the second-level cache.
+  plan.columns = smaller(across, call.channels <= 192 ? kMostColumns : kMostColumns / 2);
+  plan.blocks_down = (down + kRows - 1) / kRows;
+  plan.blocks_across = (across + plan.columns - 1) / plan.columns;
+  plan.panel = kPanel;
+  plan.panels = (call.outputs + kPanel - 1) / kPanel;
+  plan.row = (call.channels + kLanes - 1) / kLanes * kLanes;
+  plan.panel_weights = kProducts * call.channels * kPanel;
+  plan.weights = plan.panels * plan.panel_weights;
+  const Scratch s = scratch_of(plan, nullptr);
+  plan.scratch = kPatch * line_size(plan) + kProducts * (s.patch_step + s.product_step);
+  return plan;
+}
+
+void winograd_weight(const Call& call, const Plan& plan, Element element, const void* weight,
+                     const int64_t (&strides)[4], int64_t begin, int64_t end, float* result) {
+  by_element(element, [&](auto type) {
+    weight_panels(call, plan, static_cast<const decltype(type)*>(weight), strides, begin, end, result);
+  });
+}
+
+void winograd_block(const Call& call, const Plan& plan, int64_t task, float* scratch) {
+  by_element(call.element, [&](auto type) { run_block<decltype(type)>(call, plan, task, scratch); });
+}
+
+void channel_sums(const Call& call, const void* image, int64_t begin, int64_t end, double* sums) {
+  by_element(call.element,
+             [&](auto type) { sum_channels(call, static_cast<const decltype(type)*>(image), begin, end, sums); });
+}
+
+float first_value(const Call& call, const void* image, int64_t c) {
+  float value = 0;
+  by_element(call.element, [&](auto type) { value = load_one(static_cast<const decltype(type)*>(image) + c); });
+  return value;
+}
+
+}  // namespace psf::PSF_CAPABILITY

@@ -1,0 +1,69 @@
+// What the CPU operators share about torch's tensors.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <new>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "cpu/element.h"
+
+namespace psf {
+
+inline Element element_of(const char* name, const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Element::f32;
+    case ScalarType::Double:
+      return Element::f64;
+    case ScalarType::BFloat16:
+      return Element::bf16;
+    case ScalarType::Half:
+      return Element::f16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
+  }
+}
+
+// Memory aligned to a cache line, not initialised.
+template <typename T>
+class AlignedBuffer {
+ public:
+  explicit AlignedBuffer(int64_t count)
+      : data_(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), std::align_val_t(64)))) {}
+  ~AlignedBuffer() { ::operator delete(data_, std::align_val_t(64)); }
+  AlignedBuffer(const AlignedBuffer&) = delete;
+  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// A result this big comes fresh from the kernel at every call (glibc returns blocks above its largest mmap threshold,
+// 32 MiB, at once): huge pages then cost far less than page faults, and caches cannot hold it.
+inline bool is_big(const torch::stable::Tensor& result) {
+  return result.numel() * result.element_size() >= int64_t{32} << 20;
+}
+
+inline void prefer_huge_pages(const torch::stable::Tensor& result) {
+#ifdef __linux__
+  if (!is_big(result)) return;
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
+  const uintptr_t end = begin + result.numel() * result.element_size();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), (end - first) / kPage * kPage, MADV_HUGEPAGE);
+#else
+  (void)result;
+#endif
+}
+
+}  // namespace psf
