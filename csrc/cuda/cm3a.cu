@@ -16,6 +16,7 @@
 
 #include "cuda/mma.cuh"
 #include "cuda/runtime.cuh"
+#include "math/cm3a.h"
 
 namespace {
 
@@ -188,17 +189,9 @@ template <int kPixels, int J>
 __device__ void softmax(float (&values)[kPixels][J], float scale) {
 #pragma unroll
   for (int n = 0; n < kPixels; ++n) {
-    float largest = values[n][0] * scale;
 #pragma unroll
-    for (int j = 0; j < J; ++j) {
-      values[n][j] *= scale;
-      largest = fmaxf(largest, values[n][j]);
-    }
-    float total = 0.0f;
-#pragma unroll
-    for (int j = 0; j < J; ++j) total += values[n][j] = expf(values[n][j] - largest);
-#pragma unroll
-    for (int j = 0; j < J; ++j) values[n][j] /= total;
+    for (int j = 0; j < J; ++j) values[n][j] *= scale;
+    psf::cm3a::softmax(values[n], [](float x) { return expf(x); });
   }
 }
 
@@ -659,14 +652,12 @@ __global__ void __launch_bounds__(kWarps * 32)
 #pragma unroll
     for (int n = 0; n < G::kPixels; ++n) {
       if (x >= s.width || y + n >= s.height) continue;
-      float mean = 0.0f;
-#pragma unroll
-      for (int j = 0; j < G::J; ++j) mean += attention[n][j] * change[n][j];
+      psf::cm3a::softmax_backward(attention[n], change[n], in.scale);
       const int64_t pixel = static_cast<int64_t>(y + n) * s.width + x;
 #pragma unroll
       for (int j = 0; j < G::J; ++j) {
         workspace.at(m, 0, at.head, area, G::J)[j * area + pixel] = attention[n][j];
-        workspace.at(m, 1, at.head, area, G::J)[j * area + pixel] = in.scale * attention[n][j] * (change[n][j] - mean);
+        workspace.at(m, 1, at.head, area, G::J)[j * area + pixel] = change[n][j];
       }
     }
   }

@@ -6,8 +6,10 @@
 
 #ifdef __CUDACC__
 #define PSF_CM3A_FUNCTION static __host__ __device__ __forceinline__
+#define PSF_CM3A_UNROLL _Pragma("unroll")  // the arrays stay in registers
 #else
 #define PSF_CM3A_FUNCTION static inline __attribute__((always_inline))
+#define PSF_CM3A_UNROLL
 #endif
 
 namespace psf::cm3a {
@@ -16,13 +18,16 @@ namespace psf::cm3a {
 template <int J, typename T, typename Exponential>
 PSF_CM3A_FUNCTION void softmax(T (&logits)[J], Exponential exponential) {
   T most = logits[0];
+  PSF_CM3A_UNROLL
   for (int j = 1; j < J; ++j) most = logits[j] > most ? logits[j] : most;
   T sum = most - most;
+  PSF_CM3A_UNROLL
   for (int j = 0; j < J; ++j) {
     logits[j] = exponential(logits[j] - most);
     sum += logits[j];
   }
   const T inverse = 1 / sum;
+  PSF_CM3A_UNROLL
   for (int j = 0; j < J; ++j) logits[j] *= inverse;
 }
 
@@ -30,7 +35,9 @@ PSF_CM3A_FUNCTION void softmax(T (&logits)[J], Exponential exponential) {
 template <int J, typename T>
 PSF_CM3A_FUNCTION void softmax_backward(const T (&attention)[J], T (&grad)[J], T scale) {
   T mean = attention[0] * grad[0];
+  PSF_CM3A_UNROLL
   for (int j = 1; j < J; ++j) mean += attention[j] * grad[j];
+  PSF_CM3A_UNROLL
   for (int j = 0; j < J; ++j) grad[j] = scale * attention[j] * (grad[j] - mean);
 }
 
