@@ -4,12 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <vector>
 
 #include "cpu/frequency_attention_kernel.h"
 #include "cpu/tensor.h"
+#include "frequency_attention_tensors.h"
 
 namespace psf {
 namespace {
@@ -21,20 +21,6 @@ using torch::stable::Tensor;
 constexpr int64_t kTaskFrequencies = 32 * kFrequencyBlock;
 constexpr int64_t kTaskPixels = 8 * kNormalizeBlock;
 
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-// Calls body(T()) with the scalar type of the tensor.
-template <typename Body>
-void dispatch(const Tensor& tensor, Body body) {
-  if (tensor.scalar_type() == ScalarType::Double)
-    body(double());
-  else
-    body(float());
-}
-
 // A batch of spectra [B, C, height, columns, 2] cut into tasks.
 struct Plan {
   Spectrum spectrum;
@@ -43,8 +29,7 @@ struct Plan {
 
   Plan(const Tensor& x, int64_t num_heads, int64_t width)
       : spectrum{x.size(1) / num_heads, x.size(2), width}, batch(x.size(0)), heads(num_heads) {
-    STD_TORCH_CHECK(x.dim() == 5 && x.size(3) == spectrum.columns() && x.is_contiguous(),
-                    "spectrum: expected contiguous [B, C, H, W / 2 + 1, 2]");
+    check_spectrum(x, width);
     runs = (spectrum.frequencies() + kTaskFrequencies - 1) / kTaskFrequencies;
     head_size = 2 * spectrum.depth * spectrum.frequencies();
   }
@@ -95,7 +80,7 @@ std::vector<T> column_weights(const Spectrum& s) {
 Tensor gram(const Tensor& q, const Tensor& k, int64_t num_heads, int64_t width) {
   const Plan plan(q, num_heads, width);
   std::vector<double> partial = plan.partial();
-  dispatch(q, [&](auto zero) {
+  dispatch_spectrum(q, [&](auto zero) {
     using T = decltype(zero);
     plan.run<T>([&](T* scratch, int64_t task, int64_t head, int64_t begin, int64_t end) {
       PSF_DISPATCH(frequency_gram, plan.spectrum, data<const T>(q) + head * plan.head_size,
@@ -108,7 +93,7 @@ Tensor gram(const Tensor& q, const Tensor& k, int64_t num_heads, int64_t width) 
 
 void gram_backward(Tensor q, Tensor k, const Tensor& grad, int64_t num_heads, int64_t width) {
   const Plan plan(q, num_heads, width);
-  dispatch(q, [&](auto zero) {
+  dispatch_spectrum(q, [&](auto zero) {
     using T = decltype(zero);
     const std::vector<T> weights = column_weights<T>(plan.spectrum);
     plan.run<T>([&](T* scratch, int64_t, int64_t head, int64_t begin, int64_t end) {
@@ -121,7 +106,7 @@ void gram_backward(Tensor q, Tensor k, const Tensor& grad, int64_t num_heads, in
 
 void apply(Tensor v, const Tensor& attention, int64_t num_heads, int64_t width) {
   const Plan plan(v, num_heads, width);
-  dispatch(v, [&](auto zero) {
+  dispatch_spectrum(v, [&](auto zero) {
     using T = decltype(zero);
     plan.run<T>([&](T* scratch, int64_t, int64_t head, int64_t begin, int64_t end) {
       PSF_DISPATCH(frequency_apply, plan.spectrum, data<T>(v) + head * plan.head_size,
@@ -133,7 +118,7 @@ void apply(Tensor v, const Tensor& attention, int64_t num_heads, int64_t width) 
 Tensor apply_backward(Tensor v, const Tensor& grad, const Tensor& attention, int64_t num_heads, int64_t width) {
   const Plan plan(v, num_heads, width);
   std::vector<double> partial = plan.partial();
-  dispatch(v, [&](auto zero) {
+  dispatch_spectrum(v, [&](auto zero) {
     using T = decltype(zero);
     const std::vector<T> weights = column_weights<T>(plan.spectrum);
     plan.run<T>([&](T* scratch, int64_t task, int64_t head, int64_t begin, int64_t end) {
@@ -152,7 +137,7 @@ Tensor apply_backward(Tensor v, const Tensor& grad, const Tensor& attention, int
 void hartley(const Tensor& x, Tensor out) {
   const Plan plan(x, x.size(1), out.size(3));
   STD_TORCH_CHECK(out.stride(3) == 1 && out.stride(2) == out.size(3), "out: expected contiguous maps");
-  dispatch(x, [&](auto zero) {
+  dispatch_spectrum(x, [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, plan.batch * plan.heads, 1, [&](int64_t first, int64_t last) {
       for (int64_t map = first; map < last; ++map)
@@ -177,7 +162,7 @@ Stored stored(ScalarType type) {
 // W].
 template <typename T, typename Body>
 void run_pixels(const Tensor& x, Body body) {
-  STD_TORCH_CHECK(x.stride(2) == x.size(3) * x.stride(3) || x.size(2) == 1, "x: expected rows that follow each other");
+  check_pixels(x);
   const Pixels pixels{stored(x.scalar_type()), x.size(1), x.size(2) * x.size(3), x.stride(1), x.stride(3)};
   const int64_t runs = (pixels.pixels + kTaskPixels - 1) / kTaskPixels;
   torch::stable::parallel_for(0, x.size(0) * runs, 1, [&](int64_t first, int64_t last) {
@@ -194,7 +179,7 @@ void run_pixels(const Tensor& x, Body body) {
 Tensor inverse_norm(const Tensor& x) {
   const ScalarType type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor out = torch::stable::new_empty(x, {x.size(0), 1, x.size(2), x.size(3)}, std::make_optional(type));
-  dispatch(x, [&](auto zero) {
+  dispatch_spectrum(x, [&](auto zero) {
     using T = decltype(zero);
     run_pixels<T>(
         x, [&](const void* values, int64_t image, const Pixels& pixels, T* block, int64_t begin, int64_t end) {
@@ -205,7 +190,7 @@ Tensor inverse_norm(const Tensor& x) {
 }
 
 void normalize_backward(const Tensor& x, const Tensor& inverse, Tensor grad) {
-  dispatch(x, [&](auto zero) {
+  dispatch_spectrum(x, [&](auto zero) {
     using T = decltype(zero);
     run_pixels<T>(
         x, [&](const void* values, int64_t image, const Pixels& pixels, T* block, int64_t begin, int64_t end) {

@@ -391,32 +391,6 @@ struct Constant {
   }
 };
 
-// Sums of products. The tensor cores truncate: with kSplit only the small terms are chained in them.
-template <bool kSplit>
-struct Sum {
-  float total[4] = {}, small[kSplit ? 4 : 1] = {};
-
-  __device__ void add(const float (&a)[4], const Constant<kSplit>& b) {
-    if constexpr (kSplit) {
-      float high[4], low[4], product[4] = {};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        high[i] = psf::rounded(a[i]);
-        low[i] = a[i] - high[i];
-      }
-      psf::mma(small, low, b.high, small);
-      psf::mma(small, high, b.low, small);
-      psf::mma(product, high, b.high, product);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total[i] += product[i];
-    } else {
-      psf::mma(total, a, b.high, total);
-    }
-  }
-
-  __device__ float operator[](int i) const { return kSplit ? total[i] + small[i % (kSplit ? 4 : 1)] : total[i]; }
-};
-
 // Candidates of a lane's pixels: [pair of rows][eight of candidates], each as in C of a product.
 template <int kWindow>
 struct Candidates {
@@ -425,7 +399,7 @@ struct Candidates {
 
 // sums += sum_d,p left[d] tile[d](x+p) V[d,j,p] for a chunk.
 template <int kWindow, bool kSplit>
-__device__ void project(Sum<kSplit> (&sums)[Tiles<kWindow>::kPairs][Tiles<kWindow>::kEights],
+__device__ void project(psf::Sum<kSplit> (&sums)[Tiles<kWindow>::kPairs][Tiles<kWindow>::kEights],
                         const float (&left)[Tiles<kWindow>::kRows][2], const float* tile, const float* factor,
                         const Lane<kWindow>& at) {
   using G = Tiles<kWindow>;
@@ -504,7 +478,7 @@ __device__ void transfer(float (&out)[Tiles<kWindow>::kRows][2], const Candidate
   const auto add = [&](const auto& near, int p) {
     const float2 first =
         base == nullptr ? make_float2(0.0f, 0.0f) : *reinterpret_cast<const float2*>(base + p * kChunk + 2 * at.r);
-    Sum<kSplit> sums[G::kPairs];
+    psf::Sum<kSplit> sums[G::kPairs];
 #pragma unroll
     for (int e = 0; e < G::kEights; ++e) {
       const Constant<kSplit> constant(factor + (p * G::kEights + e) * F::kEight, lane);
@@ -547,7 +521,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   for (int m = 0; m < 2; ++m) {
     Candidates<kWindow> attention;
     {
-      Sum<kSplit> sums[G::kPairs][G::kEights];
+      psf::Sum<kSplit> sums[G::kPairs][G::kEights];
       for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
         __syncthreads();  // what was loaded before has been read
         load_pairs<kWindow>(tile, (m == 0 ? in.k_pan : in.k_ms) + at.base, lane, s, chunk);

@@ -29,4 +29,50 @@ __device__ __forceinline__ void mma(float (&d)[4], const float (&a)[4], const fl
 // x rounded to TF32; x - rounded(x) is exact. Not finite where 8193 x is not.
 __device__ __forceinline__ float rounded(float x) { return fmaf(x, -8192.0f, x * 8193.0f); }
 
+// x as sums of two TF32 values.
+template <int kCount>
+struct Terms {
+  float high[kCount], low[kCount];
+
+  __device__ __forceinline__ explicit Terms(const float (&x)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      high[i] = rounded(x[i]);
+      low[i] = x[i] - high[i];
+    }
+  }
+};
+
+// A sum of products a b with operands as accurate as float32 (kSplit: both as two TF32 terms, three products), or TF32.
+// B has `high` and, for kSplit, `low` as fragments.
+template <bool kSplit>
+struct Sum {
+  float total[4] = {}, small[kSplit ? 4 : 1] = {};
+
+  template <class B>
+  __device__ __forceinline__ void add(const Terms<4>& a, const B& b) {
+    float product[4] = {};
+    mma(small, a.low, b.high, small);
+    mma(small, a.high, b.low, small);
+    mma(product, a.high, b.high, product);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) total[i] += product[i];
+  }
+
+  template <class B>
+  __device__ __forceinline__ void add(const float (&a)[4], const B& b) {
+    if constexpr (kSplit)
+      add(Terms<4>(a), b);
+    else
+      mma(total, a, b.high, total);
+  }
+
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (kSplit)
+      return total[i] + small[i];
+    else
+      return total[i];
+  }
+};
+
 }  // namespace psf

@@ -58,6 +58,27 @@ def test_many_channels(passes):
     assert max(errors(passes, (1, 34, 3, 4), 1, 0.02)) < 1e-9
 
 
+# Tiles of both Gram matrices: 2 (four groups of warps), 4 (two groups), 12, 50 (up to seven a warp).
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("depth", [8, 14, 20, 34])
+def test_gram_matrices_on_tensor_cores(passes, monkeypatch, order, depth):
+    """float32: twice the error of plain float32, and half a unit that sums of positive products lose by truncation."""
+    monkeypatch.setenv("SIMT_ORDER", order)
+    q, k = (torch.randn(1, 2 * depth, 6, 7, 2) for _ in range(2))
+    q[..., 0, :, 1] = k[..., 0, :, 1] = 0  # where the spectrum of a real map is real
+    q[..., 3, :, 1] = k[..., 3, :, 1] = 0
+
+    def gram(q, k):
+        parts = [(x[..., 0].hypot(x[..., 1]), torch.atan2(x[..., 1], x[..., 0])) for x in (q, k)]
+        return torch.stack([a.view(2, depth, 42) @ b.view(2, depth, 42).mT for a, b in zip(*parts, strict=True)], 1)
+
+    exact = gram(q.double(), k.double())
+    ours = passes.frequency_attention_gram(q, k, 2, 12)[0]
+    for part in range(2):
+        allowed = 2 * (gram(q, k) - exact)[:, part].norm() + 2**-24 * exact[:, part].norm()
+        assert (ours - exact)[:, part].norm() <= allowed
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_types_and_layouts(passes, dtype, limit, layout):
@@ -69,6 +90,12 @@ def test_zero_and_constant_maps_have_finite_gradients(passes):
         tensors = [torch.full((1, 4, 4, 6), value) for _ in range(3)]
         results = run(passes, tensors, torch.randn(1, 4, 4, 6), 2, 0.1, True)
         assert all(bool(t.isfinite().all()) for t in results)
+
+
+def test_swapped_operands_of_a_tile_are_noticed():
+    edit = ("{upper[t], lower[t], upper[t + 4], lower[t + 4]}", "{upper[t], upper[t + 4], lower[t], lower[t + 4]}", 0)
+    faulty = simt.load(SOURCE, NAMES, edit)
+    assert not max(errors(faulty, (1, 12, 5, 8), 1, 0.05, dtype=torch.float32)) < 1e-3
 
 
 @pytest.mark.parametrize("which", range(6))
