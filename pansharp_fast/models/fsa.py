@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import Conv3x3, FrequencyAttention, WaveletAttention
+from ..nn.convolution import norm_silu_conv
+from ..nn.fused import fused
 from .condition import Condition, check_pair, highpass, wavelet_condition
 from .prior import PriorConfig, PriorNet
 
@@ -140,8 +142,10 @@ class _Block(nn.Module):
             Conv3x3(channels, out),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x)
+    def forward(self, x: Tensor, extra: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Image [B, channels, H, W] -> [B, out, H, W], with extra [B, out] and residual of the result's shape added."""
+        norm, _, dropout, conv = self.block
+        return norm_silu_conv(norm, conv, x, shift=extra, residual=residual, dropout=dropout)
 
 
 class _TimeBias(nn.Module):
@@ -150,7 +154,7 @@ class _TimeBias(nn.Module):
         self.noise_func = nn.Sequential(nn.Linear(width, channels))
 
     def forward(self, time: Tensor) -> Tensor:
-        return self.noise_func(time)[:, :, None, None]
+        return self.noise_func(time)
 
 
 class ResnetBlock(nn.Module):
@@ -164,7 +168,7 @@ class ResnetBlock(nn.Module):
         self.res_conv = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.block2(self.block1(x) + self.noise_func(time)) + self.res_conv(x)
+        return self.block2(self.block1(x, self.noise_func(time)), residual=self.res_conv(x))
 
 
 class SelfAttention(nn.Module):
@@ -210,8 +214,8 @@ class _StudentBlock(nn.Module):
 class _PriorResidual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv21 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv22 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv21 = Conv3x3(width, width)
+        self.conv22 = Conv3x3(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + F.relu(self.conv22(F.relu(self.conv21(x))))
@@ -222,14 +226,12 @@ class _PriorExtractor(nn.Module):
 
     def __init__(self, bands: int, width: int) -> None:
         super().__init__()
-        leaky = nn.LeakyReLU(0.1)
-        self.E_12 = nn.Sequential(
-            nn.Conv2d(2 * bands, width, 3, padding=1), leaky, *(_PriorResidual(width) for _ in range(3))
-        )
+        leaky = nn.LeakyReLU(0.1, inplace=True)
+        self.E_12 = nn.Sequential(Conv3x3(2 * bands, width), leaky, *(_PriorResidual(width) for _ in range(3)))
         widths = (width, 2 * width, 2 * width, 2 * width)
         layers: list[nn.Module] = []
         for channels, out in itertools.pairwise(widths):
-            layers += [nn.Conv2d(channels, out, 3, padding=1), leaky]
+            layers += [Conv3x3(channels, out), leaky]
         self.E3 = nn.Sequential(*layers)
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(2 * width, _PRIOR_WIDTH))
 
@@ -283,11 +285,13 @@ class _TeacherBlock(nn.Module):
         elif hasattr(self, "dec_res_block"):
             x = self.dec_res_block(x, time)
         elif hasattr(self, "fourier_CA"):
-            y = self.fourier_CA(self.time_emd_block(x, time))
+            y = self.fourier_CA(self.time_emd_block(x, time), overwrite=True)
             if isinstance(prepared, Tensor):  # the wavelets
-                y = self.cond_inj_q_kv(self.cond_inj_qk_v(y, prepared), prepared)
+                y = self.cond_inj_qk_v(y, prepared, overwrite=True)
+                y = self.cond_inj_q_kv(y, prepared, overwrite=True)
             else:
-                y = self.cond_inj_q_kv.attend(self.cond_inj_qk_v.attend(y, prepared[0]), prepared[1])
+                y = self.cond_inj_qk_v.attend(y, prepared[0], overwrite=True)
+                y = self.cond_inj_q_kv.attend(y, prepared[1], overwrite=True)
             x = self.attn_res(x) + y
         return self.attn(self.res_block(x, time))
 
@@ -300,6 +304,11 @@ class _Resize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
+
+
+def _laid_out(module: nn.Module, x: Tensor) -> Tensor:
+    """x in the memory layout that the module computes in fastest; what it makes of it keeps that."""
+    return x.contiguous(memory_format=torch.channels_last) if fused(module, x) else x
 
 
 class _FSA(nn.Module):
@@ -318,7 +327,7 @@ class _FSA(nn.Module):
         )
         channels, resolution = width, config.image_size
         inputs = config.bands * (3 if config.self_condition else 2) + 1
-        downs: list[nn.Module] = [nn.Conv2d(inputs, width, 3, padding=1)]
+        downs: list[nn.Module] = [Conv3x3(inputs, width)]
         skips = [width]
         last = len(config.channel_mults) - 1
         for level, mult in enumerate(config.channel_mults):
@@ -414,23 +423,27 @@ class _FSA(nn.Module):
         parts = [prepared.images, x]
         if self.config.self_condition:
             parts.insert(0, x if self_cond is None else self._pad(self_cond))
-        x = torch.cat(parts, 1)
+        x = _laid_out(self, torch.cat(parts, 1))
         embedding = self.noise_level_mlp(time)
-        features, skips = [], []
+        features: list[Tensor] = []
+        skips: list[Tensor] = []
         for number, layer in enumerate(self.downs):
             if isinstance(layer, self.block):
                 x = layer(x, embedding, prepared.downs.get(number))
             else:
-                features.append(x)
+                if return_features:
+                    features.append(x)
                 x = layer(x)
             skips.append(x)
         for layer in self.mid:
             x = layer(x, embedding, None)
         for number, layer in enumerate(self.ups):
             if isinstance(layer, self.block):
-                x = layer(torch.cat([x, skips.pop()], 1), embedding, prepared.ups.get(number))
+                x = torch.cat([x, skips.pop()], 1)
+                x = layer(x, embedding, prepared.ups.get(number))
             else:
-                features.append(x)
+                if return_features:
+                    features.append(x)
                 x = layer(x)
         y = self.final_conv(x)[..., : expected[2], : expected[3]]
         return self._head(y, tuple(features) if return_features else None)
@@ -495,7 +508,7 @@ class FSATeacher(_FSA):
         assert cond.pre_out is not None
         assert cond.pre_variance is not None
         assert cond.wavelets is not None
-        vector = self.prior_cond_extractor(cond.pre_out, cond.pre_variance)
+        vector = self.prior_cond_extractor(*(_laid_out(self, each) for each in (cond.pre_out, cond.pre_variance)))
         downs = {
             number: layer.prior_cond_inj.kernel(vector)[:, :, None, None]
             for number, layer in enumerate(self.downs)
@@ -511,6 +524,7 @@ class FSATeacher(_FSA):
                 if wavelets is None:
                     size = (height // shrink, width // shrink)
                     wavelets = F.interpolate(cond.wavelets, size=size, mode="bilinear", align_corners=False)
+                    wavelets = _laid_out(self, wavelets)
                 ups[number] = wavelets
                 if keep:
                     ups[number] = (layer.cond_inj_qk_v.prepare(wavelets), layer.cond_inj_q_kv.prepare(wavelets))

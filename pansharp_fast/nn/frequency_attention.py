@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..ops.frequency_attention import frequency_attention
+from ..ops import frequency_attention
 from .convolution import Conv3x3
+from .fused import conv_silu_conv, fused, normalized, pixels, pointwise
 
 
 def depthwise_then_pointwise(inputs: int, outputs: int) -> nn.Sequential:
@@ -42,6 +46,23 @@ class ChannelAttentionTail(nn.Module):
             branch = branch * torch.dropout(branch.new_ones(branch.shape[0], 1, 1, 1), self.drop_path_prob, True)
         return out + branch
 
+    # The same at inference on a CPU, in two parts.
+
+    def start_fused(self, residual: Tensor) -> Tensor:
+        """What the attention's projection is to be added to; takes the memory of residual."""
+        bias = self.attn_out.bias
+        assert bias is not None
+        if isinstance(self.attn_res, nn.Conv2d):
+            return self.attn_res(residual).add_(bias[:, None, None])
+        return residual.add_(bias[:, None, None])
+
+    def finish_fused(self, out: Tensor) -> Tensor:
+        ffn: Any = self.ffn
+        first, _, second, last = ffn
+        # Nothing stands between the last two convolutions: they are one.
+        weight = (last.weight.flatten(1) @ second.weight.flatten(1)).view_as(second.weight)
+        return conv_silu_conv(out, first.weight, weight, last.bias)
+
 
 class FrequencyAttention(ChannelAttentionTail):
     """Channel attention on the amplitudes and phases of the features' spectrum, then a feed-forward branch.
@@ -70,8 +91,25 @@ class FrequencyAttention(ChannelAttentionTail):
         self.prenorm_x = nn.GroupNorm(groups, fea_dim)
         self.qkv = depthwise_then_pointwise(fea_dim, 3 * qkv_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, fea_dim, H, W] -> [B, dim_out, H, W], any H and W."""
+    def forward(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
+        """[B, fea_dim, H, W] -> [B, dim_out, H, W], any H and W; with `overwrite` x may be used as memory."""
+        if fused(self, x):
+            x = normalized(x, self.prenorm_x, overwrite)
+            q, k, v = self._qkv(x)
+            attended = frequency_attention(q, k, v, num_heads=self.nheads)
+            del q, k, v
+            out = self.start_fused(x)
+            matrix = self.attn_out.weight.flatten(1).t().expand(len(x), -1, -1)
+            pixels(out).baddbmm_(attended.flatten(2).transpose(1, 2), matrix)
+            del attended, x
+            return self.finish_fused(out)
         x = self.prenorm_x(x)
         q, k, v = self.qkv(x).chunk(3, dim=1)
         return self.finish(frequency_attention(q, k, v, num_heads=self.nheads), x)
+
+    def _qkv(self, x: Tensor) -> Iterator[Tensor]:
+        qkv: Any = self.qkv
+        depthwise, point = qkv
+        x = depthwise(x)
+        parts = zip(point.weight.chunk(3), point.bias.chunk(3), strict=True)
+        return (pointwise(x, weight, bias) for weight, bias in parts)
