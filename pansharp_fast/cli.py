@@ -94,14 +94,17 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options of diffusion models; the command gets them as `sampling`, None where none is given."""
 
     @functools.wraps(command)
-    def run(steps: int | None, sampler: str | None, samples: int | None, seed: int | None, **options: Any) -> None:
-        given: dict[str, Any] = {"steps": steps, "sampler": sampler, "samples": samples, "seed": seed}
+    def run(**options: Any) -> None:
+        given = {name: options.pop(name) for name in ("steps", "sampler", "samples", "seed", "cuda_graph")}
         given = {name: value for name, value in given.items() if value is not None}
         command(
             sampling=importlib.import_module("pansharp_fast.diffusion").Sampling(**given) if given else None, **options
         )
 
     for option in (
+        click.option(
+            "--cuda-graph", is_flag=True, default=None, help="Diffusion models on CUDA: record a step once, replay it."
+        ),
         click.option("--seed", type=click.IntRange(0), help="Diffusion models: seed of the noise  [default: 0]."),
         click.option(
             "--samples", type=click.IntRange(1), help="Diffusion models: results that are averaged  [default: 1]."

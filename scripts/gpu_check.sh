@@ -63,7 +63,7 @@ tests() { # tests NAME EXPRESSION
   # Most of the time goes into compiling: several processes share the device.
   python3 -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
   # A file that cannot be imported here fails the step and does not keep the others from running.
-  step "$1" 500 python3 -m pytest -q -m gpu -k "$2" --continue-on-collection-errors "${workers[@]}" tests/ops
+  step "$1" 500 python3 -m pytest -q -m gpu -k "$2" --continue-on-collection-errors "${workers[@]}" tests/ops tests/diffusion
 }
 
 benchmark() { # benchmark OPERATOR

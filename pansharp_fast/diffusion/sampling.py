@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..models.condition import Condition
-from ..models.fsa import Prepared
+from ..models.fsa import Prediction, Prepared
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -51,6 +51,27 @@ def _scheduler(sampler: str, schedule: Schedule, steps: int) -> Any:
     return scheduler
 
 
+class _Recorded:
+    """A model's step as a CUDA graph: launched as one, without Python between its kernels.
+
+    The call that records it computes nothing; before it the model must have run once, which makes plans and workspaces.
+    Recorded are the memory of `prepared` and of the weights as they lie, so that it serves one sampling run.
+    """
+
+    def __init__(self, model: Any, x: Tensor, time: Tensor, prepared: Prepared) -> None:
+        self.inputs = x.clone(), time.clone(), x.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = model(*self.inputs[:2], prepared, self.inputs[2])
+
+    def __call__(self, x: Tensor, time: Tensor, self_cond: Tensor | None) -> Prediction:
+        for static, given in zip(self.inputs, (x, time, x if self_cond is None else self_cond), strict=True):
+            static.copy_(given)
+        self.graph.replay()
+        out, variance, _ = self.output
+        return Prediction(out.clone(), None if variance is None else variance.clone())  # the next replay writes there
+
+
 @torch.no_grad()
 def sample(
     model: FSAStudent | FSATeacher,
@@ -63,6 +84,7 @@ def sample(
     released: bool = False,
     schedule: Schedule | None = None,
     return_features: bool = False,
+    cuda_graph: bool = False,
 ) -> Sample:
     """Draw a residual; deterministic given the noise (or the seed and the device).
 
@@ -77,9 +99,12 @@ def sample(
             the diffusion time and gets x_t instead of its last estimate as self-condition.
         schedule: noise levels; the released one of 500 steps unless told otherwise.
         return_features: fill `Sample.features`.
+        cuda_graph: record the second step as a CUDA graph and replay it from then on; saves what launching the kernels
+            costs, which counts on small images.
 
     Raises:
-        ValueError: unknown sampler, steps outside 1..T, noise of another shape, a condition that does not fit.
+        ValueError: unknown sampler, steps outside 1..T, noise of another shape, a condition that does not fit,
+            cuda_graph with tensors that are not on a CUDA device.
         ImportError: diffusers is not installed.
     """
     schedule = Schedule() if schedule is None else schedule
@@ -94,13 +119,23 @@ def sample(
         noise = torch.randn(prepared.shape, generator=generator, device=device)
     elif tuple(noise.shape) != prepared.shape:
         raise ValueError(f"noise: expected {list(prepared.shape)}, got {list(noise.shape)}")
+    if cuda_graph and noise.device.type != "cuda":
+        raise ValueError(f"cuda_graph: expected tensors on a CUDA device, got {noise.device}")
     scheduler = _scheduler(sampler, schedule, steps)
-    x, x0, variance = noise, None, None
+    x, variance = noise, None
+    x0: Tensor | None = None
+    recorded: _Recorded | None = None
     mean = squares = torch.zeros_like(noise)
     for number, time in enumerate(scheduler.timesteps.tolist()):
         told = torch.full((x.shape[0],), steps - 1 - number if released else time, device=x.device)
         wanted = return_features and number == steps - 1
-        output = model(x, told, prepared, None if released else x0, return_features=wanted)
+        estimate = None if released else x0
+        if cuda_graph and number == 1:
+            recorded = _Recorded(model, x, told, prepared)
+        if recorded is None or wanted:
+            output = model(x, told, prepared, estimate, return_features=wanted)
+        else:
+            output = recorded(x, told, estimate)
         times = torch.full_like(told, time)
         x0, variance = schedule.to_x0(output.out, x, times, model.config.prediction), output.variance
         x = scheduler.step(x0, time, x).prev_sample

@@ -23,6 +23,7 @@ class Sampling:
     """How a diffusion model sharpens.
 
     steps: of the sampler. sampler: one of `SAMPLERS`. samples: results that are averaged. seed: of the noise.
+    cuda_graph: see `sample`.
 
     Raises:
         ValueError: a value out of its range.
@@ -32,6 +33,7 @@ class Sampling:
     sampler: str = "ddim"
     samples: int = 1
     seed: int = 0
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -92,6 +94,7 @@ def sharpen_by_sampling(
             sampler=sampling.sampler,
             noise=noise.to(lms.device),
             released=model.config.released_sampling,
+            cuda_graph=sampling.cuda_graph,
         )
         # Welford's recurrence: no cancellation, whatever the number of samples.
         before = result.residual - mean

@@ -124,7 +124,8 @@ def _methods(
             from ..diffusion import Sampling
 
             samples, given["sampling"] = True, sampling or Sampling()
-            identity += "".join(f" {key}={value}" for key, value in dataclasses.asdict(given["sampling"]).items())
+            values = dataclasses.asdict(given["sampling"])
+            identity += "".join(f" {key}={values[key]}" for key in ("steps", "sampler", "samples", "seed"))
         found[label] = (identity, functools.partial(_model, name, bands, given))
     if sampling is not None and not samples:
         raise ValueError("steps, sampler, samples, seed: expected a diffusion model to use them, got none")

@@ -1,7 +1,12 @@
 """The three stages of U-Know-DiffPAN: on real files end to end, and each way of distilling on synthetic ones."""
 
 import csv
+import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import h5py
 import pytest
@@ -16,6 +21,7 @@ from pansharp_fast.training.loop import quality
 
 pytest.importorskip("diffusers")
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMON = {"preset": "tiny", "device": "cpu", "clip": 1.0, "ema": 0.0, "schedule": "cosine", "log_every": 1}
 
 
@@ -117,6 +123,31 @@ def test_cached_knowledge(stages, tmp_path, knowledge):
     assert cache.stat().st_mtime_ns == stamp
     for name, value in weights(tmp_path / "first").items():
         assert torch.equal(weights(tmp_path / "second")[name], value)
+
+
+@pytest.mark.parametrize("stage", ["prior", "teacher", "student"])
+def test_two_processes(stages, tmp_path, stage):
+    settings, prior, teacher = stages
+    settings = {name: value for name, value in settings.items() if name not in ("progress", "sample_steps")}
+    settings |= {"out": tmp_path / "run", "batch_size": 4, "log_every": 1}
+    if stage != "prior":
+        settings |= {"sample_steps": 2, "prior": prior}
+    if stage == "student":
+        # The process that does not make the cache waits for it.
+        settings = {**settings, "teacher": teacher, "knowledge": "cached", "augment": False}
+        del settings["prior"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "pansharp_fast", "train", stage, "--quiet", *flags]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    found = losses(tmp_path / "run")
+    assert len(found) == 2
+    assert all(math.isfinite(loss) for loss in found)
+    assert load_model(tmp_path / "run" / "best.safetensors", bands=4).architecture == f"uknow-{stage}"
+    if stage == "prior":  # nothing is drawn there: two processes do what one does
+        train("prior", **(settings | {"out": tmp_path / "one"}), progress=False)
+        assert found == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 def test_half_precision_cache(stages, tmp_path):
