@@ -1,8 +1,16 @@
-"""U-Know-DiffPAN `released`, 8 bands: one step of teacher and student, and a whole sampling run of the student."""
+"""U-Know-DiffPAN `released`, 8 bands, 256x256: one step of teacher and student, and sampling with the student.
+
+    python -m benchmarks.cases_uknow [--out benchmarks/results/cpu]
+
+writes where time and memory go, before and after, to uknow_profile.md; times to be compared come from `benchmarks.run`.
+"""
 
 from __future__ import annotations
 
+import argparse
+import time as clock
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +20,8 @@ from pansharp_fast import use_backend
 from pansharp_fast.diffusion import sample
 from pansharp_fast.models import FSAConfig, FSAStudent, FSATeacher
 
+from . import measure
+from .cases_pancrafter import profile
 from .registry import Case, Run, register
 
 _SIDE = 256
@@ -48,31 +58,38 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield from _cases_of(name, cls, device)
 
 
-def _cases_of(name: str, cls: Any, device: torch.device) -> Iterator[Case]:
+def _network(name: str, cls: Any, device: torch.device) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
+    """Network, condition, noise and time."""
     torch.manual_seed(0)
     network: Any = cls(FSAConfig.preset("released", bands=8, teacher=name == "teacher")).to(device).eval()
     torch.nn.init.normal_(network.final_conv.block[3].weight, std=0.1)  # zero in a fresh network
     lms, pan = (torch.rand(1, bands, _SIDE, _SIDE, device=device) for bands in (8, 1))
-    noise, time = torch.randn_like(lms), torch.full((1,), 240, device=device)
     with torch.no_grad(), use_backend("reference"):
         cond = network.condition(lms, pan)
+    return network, cond, torch.randn_like(lms), torch.full((1,), 240, device=device)
+
+
+def _cases_of(name: str, cls: Any, device: torch.device) -> Iterator[Case]:
+    network, cond, noise, time = _network(name, cls, device)
+    with torch.no_grad(), use_backend("reference"), FlopCounterMode(display=False) as counter:
+        network(noise, time, cond)
+    with torch.no_grad():
         prepared = network.prepare(cond)
-        with FlopCounterMode(display=False) as counter:
-            network(noise, time, cond)
     parameters = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
-    images = 4 * lms.numel() * lms.element_size()
+    images = 4 * noise.numel() * noise.element_size()
     works: dict[tuple[str, int], dict[str, Run]] = {
         ("one step", 1): {
             "reference": _on("reference", lambda: network(noise, time, cond)[:1]),
             "ours": _on("auto", lambda: network(noise, time, cond)[:1]),
             "ours, condition prepared": _on("auto", lambda: network(noise, time, prepared)[:1]),
-        },
-        ("5 steps of DDIM", 5): {
+        }
+    }
+    if name == "student":
+        works["5 steps of DDIM", 5] = {
             "reference": _on("reference", lambda: _unhoisted(network, cond, noise, 5)),
             "ours, nothing kept over steps": _on("auto", lambda: _unhoisted(network, cond, noise, 5)),
             "ours": _on("auto", lambda: [sample(network, cond, steps=5, noise=noise, released=True).residual]),
-        },
-    }
+        }
     for (work, steps), columns in works.items():
         yield Case(
             operator="uknow",
@@ -84,3 +101,55 @@ def _cases_of(name: str, cls: Any, device: torch.device) -> Iterator[Case]:
             traffic=steps * (parameters + images),
             flops=steps * counter.get_total_flops(),
         )
+
+
+def _profiles(device: torch.device) -> Iterator[str]:
+    """Lines of the report."""
+    for name, cls in (("teacher", FSATeacher), ("student", FSAStudent)):
+        network, cond, noise, time = _network(name, cls, device)
+        for title, backend in (("before: reference backend", "reference"), ("after", "auto")):
+            run = _on(
+                backend, lambda network=network, noise=noise, time=time, cond=cond: network(noise, time, cond)[:1]
+            )
+            yield from ("", f"## One step of the {name}, {title}", "", *profile(run))
+            peak = measure.peak_bytes(run, device)
+            yield from (
+                "",
+                f"Peak of memory beyond the inputs: {'unknown' if peak is None else f'{peak / 1e6:.0f} MB'}.",
+            )
+    yield from ("", "## 25 steps of DDIM with the student, one call each", "", "| | s | factor |", "|---|---|---|")
+    runs = {
+        "reference backend, everything anew at every step": _on(
+            "reference", lambda: _unhoisted(network, cond, noise, 25)
+        ),
+        "ours, everything anew at every step": _on("auto", lambda: _unhoisted(network, cond, noise, 25)),
+        "ours": _on("auto", lambda: [sample(network, cond, steps=25, noise=noise, released=True).residual]),
+    }
+    first = None
+    for title, run in runs.items():
+        start = clock.perf_counter()
+        run()
+        seconds = clock.perf_counter() - start
+        first = first or seconds
+        yield f"| {title} | {seconds:.1f} | {first / seconds:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu")
+    options = parser.parse_args()
+    lines = [
+        f"# Where time and memory go: U-Know-DiffPAN `released`, 8 bands, {_SIDE}x{_SIDE}",
+        "",
+        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}; one "
+        "profiled call each.",
+    ]
+    for line in _profiles(torch.device("cpu")):
+        lines.append(line)
+        print(line, flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "uknow_profile.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+#: Numbers of glibc's mallopt.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
@@ -46,7 +49,11 @@ def seconds(run: Callable[[], Any], device: torch.device, budget: float = 1.5) -
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Memory that a call holds at its peak beyond what was held before, results included; None where not known."""
+    """Memory that a call holds at its peak beyond what was held before, results included; None where not known.
+
+    On a CPU the allocator gives large blocks back as they are freed meanwhile: otherwise holes that earlier calls left
+    would count as well.
+    """
     gc.collect()
     if device.type == "cuda":
         synchronize(device)
@@ -58,11 +65,16 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not clear.exists():
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier would hide what the call takes
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+    libc.malloc_trim(0)  # memory freed earlier would hide what the call takes
     clear.write_text("5")  # the peak starts again at what is resident now
     before = _resident(status, "VmRSS")
     run()
-    return max(_resident(status, "VmHWM") - before, 0)
+    peak = max(_resident(status, "VmHWM") - before, 0)
+    libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # where glibc's own adaptation ends
+    libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
+    return peak
 
 
 def _resident(status: Path, key: str) -> int:

@@ -144,8 +144,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, extra: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Image [B, channels, H, W] -> [B, out, H, W], with extra [B, out] and residual of the result's shape added."""
-        norm, _, dropout, conv = self.block
-        return norm_silu_conv(norm, conv, x, shift=extra, residual=residual, dropout=dropout)
+        return norm_silu_conv(self.block, x, shift=extra, residual=residual)
 
 
 class _TimeBias(nn.Module):
