@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def seconds(run: Callable[[], Any], device: torch.device, budget: float = 1.5) -
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     """Memory that a call holds at its peak beyond what was held before, results included; None where not known.
 
-    On a CPU the allocator gives large blocks back as they are freed meanwhile: otherwise holes that earlier calls left
-    would count as well.
+    On a CPU it is resident memory, measured while no large block comes out of a hole that earlier calls left in the
+    heap and all of them go back when freed: what such holes add depends on the calls before.
     """
     gc.collect()
     if device.type == "cuda":
@@ -65,16 +66,47 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not clear.exists():
         return None
+    with _no_holes():
+        clear.write_text("5")  # the peak starts again at what is resident now
+        before = _resident(status, "VmRSS")
+        run()
+        return max(_resident(status, "VmHWM") - before, 0)
+
+
+class _Mallinfo2(ctypes.Structure):
+    """Of glibc's malloc.h; only the number of blocks that have a mapping of their own is used."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks")]
+    _fields_ += [("others", ctypes.c_size_t * 6)]
+
+
+@contextlib.contextmanager
+def _no_holes() -> Iterator[None]:
+    """Keeps the free parts of glibc's heap taken, without touching them; blocks of 1 MiB and more are then mapped."""
     libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        yield
+        return
+    libc.mallinfo2.restype, libc.malloc.restype, libc.free.argtypes = _Mallinfo2, ctypes.c_void_p, [ctypes.c_void_p]
+    libc.malloc.argtypes = [ctypes.c_size_t]
     libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
-    libc.malloc_trim(0)  # memory freed earlier would hide what the call takes
-    clear.write_text("5")  # the peak starts again at what is resident now
-    before = _resident(status, "VmRSS")
-    run()
-    peak = max(_resident(status, "VmHWM") - before, 0)
-    libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # where glibc's own adaptation ends
-    libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
-    return peak
+    libc.malloc_trim(0)  # what is free is no longer resident
+    taken: list[int] = []
+    for size in (1 << power for power in range(28, 19, -1)):
+        while True:
+            mapped = libc.mallinfo2().hblks
+            block = libc.malloc(size)
+            if libc.mallinfo2().hblks > mapped:
+                libc.free(block)
+                break
+            taken.append(block)
+    try:
+        yield
+    finally:
+        for block in taken:
+            libc.free(block)
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # where glibc's own adaptation ends
+        libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def _resident(status: Path, key: str) -> int:
