@@ -130,7 +130,8 @@ class WaveletAttention(ChannelAttentionTail):
 
     def _context_of(self, keys: Iterable[Tensor], local: Tensor, q: Point) -> Tensor:
         """`_context` [B, heads, e, d]."""
-        sums = torch.cat([torch.bmm(pixels(k).transpose(1, 2), pixels(local)) for k in keys], 1)
+        # The narrower factor first: the matrix product is several times as fast.
+        sums = torch.cat([torch.bmm(pixels(local).transpose(1, 2), pixels(k)) for k in keys], 2).transpose(1, 2)
         weight, bias = q[0].flatten(1).unflatten(0, (self.nheads, -1)), q[1].view(self.nheads, 1, -1)
         products = torch.einsum("bhec,hdc->bhed", sums.unflatten(1, (self.nheads, -1)), weight)
         return (products + local.shape[3] * bias) * self.scale
