@@ -36,8 +36,6 @@ struct Geometry {
   static constexpr int kHaloWidth = kTileWidth + 2 * kRadius;
   static constexpr int kHaloHeight = kTileHeight + 2 * kRadius;
   static constexpr int kHaloArea = kHaloWidth * kHaloHeight;
-  // W[d,j,0..J-1] followed by b[d,j], padded to whole float4.
-  static constexpr int kRow = (J + 1 + 3) / 4 * 4;
 };
 
 // Sizes and strides (in elements) shared by q, k, v, their gradients and the outputs.
@@ -82,18 +80,6 @@ __device__ void load_tile(float* tile, const T* data, const Shape& s, int chunk,
   }
 }
 
-// Rows W[d,j,:] | b[d,j] of one chunk, [kChunk][J][kRow], zero beyond the head's channels.
-template <int kWindow>
-__device__ void load_weight(float* rows, const float* weight, const float* bias, int chunk, int dim) {
-  using G = Geometry<kWindow>;
-  for (int i = threadIdx.x; i < kChunk * G::J * G::kRow; i += blockDim.x) {
-    const int p = i % G::kRow, dj = i / G::kRow + chunk * G::J;
-    float value = 0.0f;
-    if (dj < dim * G::J && p <= G::J) value = p < G::J ? weight[dj * G::J + p] : bias[dj];
-    rows[i] = value;
-  }
-}
-
 // Element of one channel at a thread's n-th pixel; zero outside the image and beyond the head's channels.
 template <class T>
 __device__ float load_pixel(const T* data, const Shape& s, int d, int x, int y) {
@@ -116,28 +102,12 @@ __device__ void load_window(float (&window)[kPixels - 1 + kWindow][kWindow], con
     for (int c = 0; c < kWindow; ++c) window[r][c] = tile[(ty + r) * Geometry<kWindow>::kHaloWidth + tx + c];
 }
 
-// sum_p row[p] z[p] over a padded row of weights and bias.
-template <int kRow, int kUsed>
-__device__ float dot_row(const float* row, const float (&z)[kUsed]) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int p = 0; p < kRow; p += 4) {
-    const float4 w = *reinterpret_cast<const float4*>(row + p);
-    sum += w.x * z[p];
-    if (p + 1 < kUsed) sum += w.y * z[p + 1 < kUsed ? p + 1 : 0];
-    if (p + 2 < kUsed) sum += w.z * z[p + 2 < kUsed ? p + 2 : 0];
-    if (p + 3 < kUsed) sum += w.w * z[p + 3 < kUsed ? p + 3 : 0];
-  }
-  return sum;
-}
-
 // The loops over a chunk's channels stay loops: unrolled they multiply the code by eight and gain nothing.
 
-// sums[n][j] += sum_d left[d] nb(tile)[d,j] for one chunk.
-template <int kWindow, bool kLearned, class T>
+// sums[n][j] += sum_d left[d] tile[d](x+p_j) for one chunk: the exact shift.
+template <int kWindow, class T>
 __device__ void add_dots(float (&sums)[Geometry<kWindow>::kPixels][Geometry<kWindow>::J], const T* left,
-                         const float* tile, const float* rows, const Shape& s, int chunk, int x, int y, int tx,
-                         int ty) {
+                         const float* tile, const Shape& s, int chunk, int x, int y, int tx, int ty) {
   using G = Geometry<kWindow>;
 #pragma unroll 1
   for (int d = 0; d < kChunk; ++d) {
@@ -146,43 +116,24 @@ __device__ void add_dots(float (&sums)[Geometry<kWindow>::kPixels][Geometry<kWin
 #pragma unroll
     for (int n = 0; n < G::kPixels; ++n) {
       const float value = load_pixel(left, s, chunk + d, x, y + n);
-      float z[G::J + 1];
 #pragma unroll
-      for (int p = 0; p < G::J; ++p) z[p] = value * window[n + p / kWindow][p % kWindow];
-      z[G::J] = value;
-#pragma unroll
-      for (int j = 0; j < G::J; ++j) {
-        if constexpr (kLearned)
-          sums[n][j] += dot_row<G::kRow>(rows + (d * G::J + j) * G::kRow, z);
-        else
-          sums[n][j] += z[j];
-      }
+      for (int j = 0; j < G::J; ++j) sums[n][j] += value * window[n + j / kWindow][j % kWindow];
     }
   }
 }
 
-// sum_j factor[n][j] nb(tile)[d,j] for channel d of a chunk and each of the thread's pixels.
-template <int kWindow, bool kLearned>
+// out[n] += sum_j factor[n][j] tile[d](x+p_j) for channel d of a chunk and each of the thread's pixels.
+template <int kWindow>
 __device__ void add_mix(float (&out)[Geometry<kWindow>::kPixels],
                         const float (&factor)[Geometry<kWindow>::kPixels][Geometry<kWindow>::J], const float* tile,
-                        const float* rows, int d, int tx, int ty) {
+                        int d, int tx, int ty) {
   using G = Geometry<kWindow>;
   float window[G::kPixels - 1 + kWindow][kWindow];
   load_window<kWindow, G::kPixels>(window, tile + d * G::kHaloArea, tx, ty);
 #pragma unroll
-  for (int n = 0; n < G::kPixels; ++n) {
-    float z[G::J + 1];
+  for (int n = 0; n < G::kPixels; ++n)
 #pragma unroll
-    for (int p = 0; p < G::J; ++p) z[p] = window[n + p / kWindow][p % kWindow];
-    z[G::J] = 1.0f;
-#pragma unroll
-    for (int j = 0; j < G::J; ++j) {
-      if constexpr (kLearned)
-        out[n] += factor[n][j] * dot_row<G::kRow>(rows + (d * G::J + j) * G::kRow, z);
-      else
-        out[n] += factor[n][j] * z[j];
-    }
-  }
+    for (int j = 0; j < G::J; ++j) out[n] += factor[n][j] * window[n + j / kWindow][j % kWindow];
 }
 
 template <int kPixels, int J>
@@ -199,8 +150,6 @@ template <class T>
 struct Inputs {
   const T* q;
   const T *k_pan, *v_pan, *k_ms, *v_ms;
-  const float* weight;  // null: exact shift
-  const float* bias;
   float scale;
 };
 
@@ -431,14 +380,21 @@ __device__ void project(psf::Sum<kSplit> (&sums)[Tiles<kWindow>::kPairs][Tiles<k
   add([](int) { return make_float2(1.0f, 1.0f); }, G::J);
 }
 
+// Sum or maximum over the four lanes that hold the candidates of a pixel.
+template <class Combine>
+__device__ float across(float value, Combine combine) {
+  value = combine(value, __shfl_xor_sync(0xffffffffu, value, 1));
+  return combine(value, __shfl_xor_sync(0xffffffffu, value, 2));
+}
+
+__device__ float sum_across(float value) {
+  return across(value, [](float a, float b) { return a + b; });
+}
+
 // Logits become attention less 1 / J; four lanes hold the candidates of a pixel, the last candidate's logit is 0.
 template <int kWindow>
 __device__ void softmax(Candidates<kWindow>& logits, float scale) {
   using G = Tiles<kWindow>;
-  const auto across = [](float value, auto combine) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, 1));
-    return combine(value, __shfl_xor_sync(0xffffffffu, value, 2));
-  };
 #pragma unroll
   for (int t = 0; t < G::kPairs; ++t)
 #pragma unroll
@@ -458,7 +414,7 @@ __device__ void softmax(Candidates<kWindow>& logits, float scale) {
       for (int e = 0; e < G::kEights; ++e)
 #pragma unroll
         for (int i = half; i < half + 2; ++i) total += logits.values[t][e][i] = expf(logits.values[t][e][i] - largest);
-      total = across(total, [](float a, float b) { return a + b; }) + expf(-largest);
+      total = sum_across(total) + expf(-largest);
       const float inverse = 1.0f / total;
 #pragma unroll
       for (int e = 0; e < G::kEights; ++e)
@@ -485,7 +441,7 @@ __device__ void transfer(float (&out)[Tiles<kWindow>::kRows][2], const Candidate
 #pragma unroll
       for (int t = 0; t < G::kPairs; ++t) {
         const float (&v)[4] = c.values[t][e];
-        const float a[4] = {v[0], v[2], v[1], v[3]};
+        const float a[4] = {kUp<kSplit> * v[0], kUp<kSplit> * v[2], kUp<kSplit> * v[1], kUp<kSplit> * v[3]};
         sums[t].add(a, constant);
       }
     }
@@ -508,6 +464,30 @@ __device__ void transfer(float (&out)[Tiles<kWindow>::kRows][2], const Candidate
   add([](int) { return make_float2(1.0f, 1.0f); }, G::J);
 }
 
+// sum_d left[d] nb(right)[d,j] less that of the last candidate, for all channels of a head.
+template <int kWindow, bool kSplit, class T>
+__device__ void contract(Candidates<kWindow>& result, const T* left, const T* right,
+                         const Factor<kWindow, kSplit>& factor, float* tile, float* constants,
+                         const Lane<kWindow>& lane, const Shape& s) {
+  using G = Tiles<kWindow>;
+  psf::Sum<kSplit> sums[G::kPairs][G::kEights];
+  for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
+    __syncthreads();  // what was loaded before has been read
+    load_pairs<kWindow>(tile, right, lane, s, chunk);
+    copy(constants, factor.kind(chunk, 0), Factor<kWindow, kSplit>::kKind);
+    float own[G::kRows][2];
+    load_own<kWindow>(own, left, lane, s, chunk, kUp<kSplit>);
+    __syncthreads();
+    project<kWindow, kSplit>(sums, own, tile, constants, lane);
+  }
+#pragma unroll
+  for (int t = 0; t < G::kPairs; ++t)
+#pragma unroll
+    for (int e = 0; e < G::kEights; ++e)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) result.values[t][e][i] = sums[t][e][i];
+}
+
 template <class T, int kWindow, bool kSplit>
 __global__ void __launch_bounds__(kWarps * 32, 2)
     learned_forward_kernel(Inputs<T> in, Factor<kWindow, kSplit> factor, T* out_pan, T* out_ms, Shape s) {
@@ -520,24 +500,8 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   const Lane<kWindow> lane(at, s);
   for (int m = 0; m < 2; ++m) {
     Candidates<kWindow> attention;
-    {
-      psf::Sum<kSplit> sums[G::kPairs][G::kEights];
-      for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
-        __syncthreads();  // what was loaded before has been read
-        load_pairs<kWindow>(tile, (m == 0 ? in.k_pan : in.k_ms) + at.base, lane, s, chunk);
-        copy(constants, factor.kind(chunk, 0), F::kKind);
-        float query[G::kRows][2];
-        load_own<kWindow>(query, in.q + at.base, lane, s, chunk, kUp<kSplit>);
-        __syncthreads();
-        project<kWindow, kSplit>(sums, query, tile, constants, lane);
-      }
-#pragma unroll
-      for (int t = 0; t < G::kPairs; ++t)
-#pragma unroll
-        for (int e = 0; e < G::kEights; ++e)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) attention.values[t][e][i] = sums[t][e][i];
-    }
+    contract<kWindow, kSplit>(attention, in.q + at.base, (m == 0 ? in.k_pan : in.k_ms) + at.base, factor, tile,
+                              constants, lane, s);
     softmax<kWindow>(attention, in.scale);
     for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
       __syncthreads();
@@ -568,7 +532,7 @@ __global__ void __launch_bounds__(kWarps * 32) shift_forward_kernel(Inputs<T> in
     float attention[G::kPixels][G::J] = {};
     for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
       load((m == 0 ? in.k_pan : in.k_ms), chunk);
-      add_dots<kWindow, false>(attention, in.q + at.base, tile, nullptr, s, chunk, x, y, tx, ty);
+      add_dots<kWindow>(attention, in.q + at.base, tile, s, chunk, x, y, tx, ty);
     }
     softmax(attention, in.scale);
     T* out = (m == 0 ? out_pan : out_ms) + at.base;
@@ -577,7 +541,7 @@ __global__ void __launch_bounds__(kWarps * 32) shift_forward_kernel(Inputs<T> in
 #pragma unroll 1
       for (int d = 0; d < kChunk; ++d) {
         float mixed[G::kPixels] = {};
-        add_mix<kWindow, false>(mixed, attention, tile, nullptr, d, tx, ty);
+        add_mix<kWindow>(mixed, attention, tile, d, tx, ty);
 #pragma unroll
         for (int n = 0; n < G::kPixels; ++n) store_pixel(out, mixed[n], s, chunk + d, x, y + n);
       }
@@ -596,13 +560,12 @@ struct Workspace {
 
 // Attention and logit gradients of both modalities to the workspace, and the gradient of q:
 //   g_j = grad.nb(v)[:,j],  ds_j = scale a_j (g_j - sum_i a_i g_i),  dq[d] = sum over modalities sum_j ds_j nb(k)[d,j].
-template <class T, int kWindow, bool kLearned>
+template <class T, int kWindow>
 __global__ void __launch_bounds__(kWarps * 32)
     backward_query_kernel(Inputs<T> in, const T* grad_pan, const T* grad_ms, T* grad_q, Workspace workspace, Shape s) {
   using G = Geometry<kWindow>;
   PSF_SHARED(float, tile, kChunk* G::kHaloArea);
   PSF_SHARED(float, sums, kChunk* G::kPixels * kWarps * 32);
-  PSF_SHARED(float, rows, kLearned ? kChunk * G::J * G::kRow : 4);
   const Place at = place_of(blockIdx.x, s, G::kTileHeight);
   const int tx = threadIdx.x % 32, ty = threadIdx.x / 32 * G::kPixels;
   const int x = at.x0 + tx, y = at.y0 + ty;
@@ -610,17 +573,16 @@ __global__ void __launch_bounds__(kWarps * 32)
   const auto load = [&](const T* data, int chunk) {
     __syncthreads();
     load_tile(tile, data + at.base, s, chunk, at.x0, at.y0, G::kHaloWidth, G::kHaloArea, G::kRadius);
-    if constexpr (kLearned) load_weight<kWindow>(rows, in.weight, in.bias, chunk, s.dim);
     __syncthreads();
   };
   for (int m = 0; m < 2; ++m) {
     float attention[G::kPixels][G::J] = {}, change[G::kPixels][G::J] = {};
     for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
       load(m == 0 ? in.k_pan : in.k_ms, chunk);
-      add_dots<kWindow, kLearned>(attention, in.q + at.base, tile, rows, s, chunk, x, y, tx, ty);
+      add_dots<kWindow>(attention, in.q + at.base, tile, s, chunk, x, y, tx, ty);
       load(m == 0 ? in.v_pan : in.v_ms, chunk);
       const T* grad = (m == 0 ? grad_pan : grad_ms) + at.base;
-      add_dots<kWindow, kLearned>(change, grad, tile, rows, s, chunk, x, y, tx, ty);
+      add_dots<kWindow>(change, grad, tile, s, chunk, x, y, tx, ty);
     }
     softmax(attention, in.scale);
 #pragma unroll
@@ -650,7 +612,7 @@ __global__ void __launch_bounds__(kWarps * 32)
 #pragma unroll 1
       for (int d = 0; d < kChunk; ++d) {
         float mixed[G::kPixels] = {};
-        add_mix<kWindow, kLearned>(mixed, slope, tile, rows, d, tx, ty);
+        add_mix<kWindow>(mixed, slope, tile, d, tx, ty);
 #pragma unroll
         for (int n = 0; n < G::kPixels; ++n) {
           float& sum = sums[(d * G::kPixels + n) * kWarps * 32 + threadIdx.x];  // a thread's own
@@ -666,25 +628,15 @@ __global__ void __launch_bounds__(kWarps * 32)
 // Gradients of keys and values, gathered: with L = q and c = ds for keys, L = grad and c = a for values,
 //   d[d](y) = sum_p L[d](y-p) sum_j W[d,j,p] c_j(y-p).
 // No two threads write the same element, so the result does not depend on scheduling. One thread, one pixel.
-template <class T, int kWindow, bool kLearned>
+template <class T, int kWindow>
 __global__ void __launch_bounds__(kWarps * 32)
     backward_neighbour_kernel(const T* q, const T* grad_pan, const T* grad_ms, T* grad_k_pan, T* grad_v_pan,
-                              T* grad_k_ms, T* grad_v_ms, const float* weight, Workspace workspace, Shape s) {
+                              T* grad_k_ms, T* grad_v_ms, Workspace workspace, Shape s) {
   using G = Geometry<kWindow>;
-  constexpr int kColumn = (G::J + 3) / 4 * 4;
-  PSF_SHARED(float, columns, kLearned ? kChunk * G::J * kColumn : 4);  // [d][p][j], the transpose of a row of W
   const Place at = place_of(blockIdx.x, s, kWarps);
   const int x = at.x0 + static_cast<int>(threadIdx.x % 32), y = at.y0 + static_cast<int>(threadIdx.x / 32);
   const int64_t area = static_cast<int64_t>(s.height) * s.width;
-  for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
-    if constexpr (kLearned) {
-      __syncthreads();
-      for (int i = threadIdx.x; i < kChunk * G::J * kColumn; i += blockDim.x) {
-        const int j = i % kColumn, p = i / kColumn % G::J, d = chunk + i / (kColumn * G::J);
-        columns[i] = j < G::J && d < s.dim ? weight[(d * G::J + j) * G::J + p] : 0.0f;
-      }
-      __syncthreads();
-    }
+  for (int chunk = 0; chunk < s.dim; chunk += kChunk)
     for (int m = 0; m < 2; ++m)
       for (int kind = 0; kind < 2; ++kind) {  // 0: values, 1: keys
         const T* left = (kind == 1 ? q : m == 0 ? grad_pan : grad_ms) + at.base;
@@ -695,25 +647,211 @@ __global__ void __launch_bounds__(kWarps * 32)
         for (int p = 0; p < G::J; ++p) {
           const int from_x = x - (p % kWindow - G::kRadius), from_y = y - (p / kWindow - G::kRadius);
           if (from_x < 0 || from_x >= s.width || from_y < 0 || from_y >= s.height) continue;
-          const int64_t pixel = static_cast<int64_t>(from_y) * s.width + from_x;
-          float c[kColumn] = {};
-          if constexpr (kLearned) {
+          const float c = factor[p * area + static_cast<int64_t>(from_y) * s.width + from_x];
 #pragma unroll
-            for (int j = 0; j < G::J; ++j) c[j] = factor[j * area + pixel];
-          } else {
-            c[0] = factor[p * area + pixel];
-          }
-#pragma unroll
-          for (int d = 0; d < kChunk; ++d) {
-            float mixed = c[0];
-            if constexpr (kLearned) mixed = dot_row<kColumn>(columns + (d * G::J + p) * kColumn, c);
-            sums[d] += load_pixel(left, s, chunk + d, from_x, from_y) * mixed;
-          }
+          for (int d = 0; d < kChunk; ++d) sums[d] += load_pixel(left, s, chunk + d, from_x, from_y) * c;
         }
 #pragma unroll
         for (int d = 0; d < kChunk; ++d) store_pixel(result, sums[d], s, chunk + d, x, y);
       }
+}
+
+// A lane's candidates of its pixels to planes [J][H * W], `offset` added; the last one makes the sum `total`.
+template <int kWindow>
+__device__ void store_candidates(float* planes, const Candidates<kWindow>& c, float offset, float total,
+                                 const Lane<kWindow>& lane, const Shape& s) {
+  using G = Tiles<kWindow>;
+  const int64_t area = static_cast<int64_t>(s.height) * s.width;
+#pragma unroll
+  for (int n = 0; n < G::kRows; ++n) {
+    const bool inside = lane.x < s.width && lane.y + n < s.height;
+    float* const to = planes + static_cast<int64_t>(lane.y + n) * s.width + lane.x;
+    float sum = 0.0f;
+#pragma unroll
+    for (int e = 0; e < G::kEights; ++e)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float value = c.values[n / 2][e][n % 2 * 2 + i] + offset;
+        sum += value;
+        if (inside) to[(8 * e + 2 * lane.r + i) * area] = value;
+      }
+    sum = sum_across(sum);
+    if (inside && lane.r == 0) to[(G::J - 1) * area] = total - sum;
   }
+}
+
+template <int kWindow>
+__device__ void load_candidates(Candidates<kWindow>& c, const float* planes, const Lane<kWindow>& lane,
+                                const Shape& s) {
+  using G = Tiles<kWindow>;
+  const int64_t area = static_cast<int64_t>(s.height) * s.width;
+#pragma unroll
+  for (int n = 0; n < G::kRows; ++n) {
+    const bool inside = lane.x < s.width && lane.y + n < s.height;
+    const float* const from = planes + static_cast<int64_t>(lane.y + n) * s.width + lane.x;
+#pragma unroll
+    for (int e = 0; e < G::kEights; ++e)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        c.values[n / 2][e][n % 2 * 2 + i] = inside ? from[(8 * e + 2 * lane.r + i) * area] : 0.0f;
+  }
+}
+
+// As backward_query_kernel. ds does not change when all g of a pixel do alike, and sums to zero.
+template <class T, int kWindow, bool kSplit>
+__global__ void __launch_bounds__(kWarps * 32, 2)
+    learned_backward_query_kernel(Inputs<T> in, Factor<kWindow, kSplit> factor, const T* grad_pan, const T* grad_ms,
+                                  T* grad_q, Workspace workspace, Shape s) {
+  using G = Tiles<kWindow>;
+  PSF_DYNAMIC_SHARED(float, tile);
+  float* const constants = tile + G::kTile;
+  const Place at = place_of(blockIdx.x, s, G::kTileHeight);
+  const Lane<kWindow> lane(at, s);
+  const int64_t area = static_cast<int64_t>(s.height) * s.width;
+  for (int m = 0; m < 2; ++m) {
+    Candidates<kWindow> attention, slope;
+    contract<kWindow, kSplit>(attention, in.q + at.base, (m == 0 ? in.k_pan : in.k_ms) + at.base, factor, tile,
+                              constants, lane, s);
+    softmax<kWindow>(attention, in.scale);
+    store_candidates<kWindow>(workspace.at(m, 0, at.head, area, G::J), attention, 1.0f / G::J, 1.0f, lane, s);
+    contract<kWindow, kSplit>(slope, (m == 0 ? grad_pan : grad_ms) + at.base, (m == 0 ? in.v_pan : in.v_ms) + at.base,
+                              factor, tile, constants, lane, s);
+#pragma unroll
+    for (int t = 0; t < G::kPairs; ++t)
+#pragma unroll
+      for (int half = 0; half < 4; half += 2) {
+        float mean = 0.0f;
+#pragma unroll
+        for (int e = 0; e < G::kEights; ++e)
+#pragma unroll
+          for (int i = half; i < half + 2; ++i)
+            mean += (attention.values[t][e][i] + 1.0f / G::J) * slope.values[t][e][i];
+        mean = sum_across(mean);
+#pragma unroll
+        for (int e = 0; e < G::kEights; ++e)
+#pragma unroll
+          for (int i = half; i < half + 2; ++i)
+            slope.values[t][e][i] =
+                in.scale * (attention.values[t][e][i] + 1.0f / G::J) * (slope.values[t][e][i] - mean);
+      }
+    store_candidates<kWindow>(workspace.at(m, 1, at.head, area, G::J), slope, 0.0f, 0.0f, lane, s);
+  }
+  for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
+    float out[G::kRows][2] = {};
+    for (int m = 0; m < 2; ++m) {
+      __syncthreads();
+      load_pairs<kWindow>(tile, (m == 0 ? in.k_pan : in.k_ms) + at.base, lane, s, chunk);
+      copy(constants, factor.kind(chunk, 1), Factor<kWindow, kSplit>::kKind);
+      Candidates<kWindow> slope;  // as this lane left it above
+      load_candidates<kWindow>(slope, workspace.at(m, 1, at.head, area, G::J), lane, s);
+      __syncthreads();
+      transfer<kWindow, kSplit>(out, slope, tile, constants, nullptr, lane);
+    }
+    store_own<kWindow>(grad_q + at.base, out, lane, s, chunk);
+  }
+}
+
+// Candidates' planes with halo into planes of pairs, as load_pairs does with channels: [eight][4][kPlane / 2][2].
+template <int kWindow>
+__device__ void load_candidate_pairs(float* tile, const float* planes, float offset, const Lane<kWindow>& lane,
+                                     const Shape& s) {
+  using G = Tiles<kWindow>;
+  const int64_t area = static_cast<int64_t>(s.height) * s.width;
+#pragma unroll
+  for (int n = 0; n < G::kOwned; ++n) {
+    const int i = static_cast<int>(threadIdx.x) + n * G::kThreads;
+    if (i >= G::kHaloArea) break;
+#pragma unroll
+    for (int pair = 0; pair < G::kEights * 4; ++pair) {
+      float2 values = make_float2(0.0f, 0.0f);
+      if (lane.owned[n] >= 0) {
+        const float* from = planes + 2 * pair * area + lane.owned[n];
+        values = make_float2(from[0] + offset, from[area] + offset);
+      }
+      *reinterpret_cast<float2*>(tile + pair * G::kPlane + 2 * i) = values;
+    }
+  }
+}
+
+// out[d](y) += sum_p left[d](y-p) (base[d,p] + sum_j V[d,j,p] c_j(y-p)) for a chunk; base as for transfer.
+template <int kWindow, bool kSplit>
+__device__ void gather(float (&out)[Tiles<kWindow>::kRows][2], const float* left, const float* c, const float* factor,
+                       const float* base, const Lane<kWindow>& at) {
+  using G = Tiles<kWindow>;
+  using F = Factor<kWindow, kSplit>;
+  constexpr int kColumn = G::kRows + 2 * G::kRadius;
+  const int lane = threadIdx.x % 32, first = at.r * G::kPlane + 2 * (at.row * G::kHaloWidth + at.column);
+#pragma unroll 1
+  for (int dx = 0; dx < kWindow; ++dx) {
+    const auto load = [&](float2(&column)[kColumn], const float* tile) {
+#pragma unroll
+      for (int n = 0; n < kColumn; ++n)
+        column[n] = *reinterpret_cast<const float2*>(tile + first + 2 * (n * G::kHaloWidth + dx));
+    };
+    float2 values[kColumn], candidates[G::kEights][kColumn];
+    load(values, left);
+#pragma unroll
+    for (int e = 0; e < G::kEights; ++e) load(candidates[e], c + e * G::kTile);
+#pragma unroll
+    for (int dy = 0; dy < kWindow; ++dy) {
+      const int p = G::J - 1 - (dy * kWindow + dx);  // from the source at (dx, dy) this pixel is the opposite way
+      const float2 start =
+          base == nullptr ? make_float2(0.0f, 0.0f) : *reinterpret_cast<const float2*>(base + p * kChunk + 2 * at.r);
+      psf::Sum<kSplit> sums[G::kPairs];
+#pragma unroll
+      for (int e = 0; e < G::kEights; ++e) {
+        const Constant<kSplit> constant(factor + (p * G::kEights + e) * F::kEight, lane);
+#pragma unroll
+        for (int t = 0; t < G::kPairs; ++t) {
+          const float2 upper = candidates[e][2 * t + dy], lower = candidates[e][2 * t + 1 + dy];
+          const float a[4] = {kUp<kSplit> * upper.x, kUp<kSplit> * lower.x, kUp<kSplit> * upper.y,
+                              kUp<kSplit> * lower.y};
+          sums[t].add(a, constant);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < G::kRows; ++n) {
+        const float2 value = values[n + dy];
+        out[n][0] += value.x * (start.x + sums[n / 2][n % 2 * 2]);
+        out[n][1] += value.y * (start.y + sums[n / 2][n % 2 * 2 + 1]);
+      }
+    }
+  }
+}
+
+// As backward_neighbour_kernel.
+template <class T, int kWindow, bool kSplit>
+__global__ void __launch_bounds__(kWarps * 32, 2)
+    learned_backward_neighbour_kernel(const T* q, Factor<kWindow, kSplit> factor, const T* grad_pan, const T* grad_ms,
+                                      T* grad_k_pan, T* grad_v_pan, T* grad_k_ms, T* grad_v_ms, Workspace workspace,
+                                      Shape s) {
+  using G = Tiles<kWindow>;
+  using F = Factor<kWindow, kSplit>;
+  PSF_DYNAMIC_SHARED(float, tile);
+  float* const constants = tile + G::kTile;
+  float* const base = constants + F::kKind;
+  float* const candidates = base + F::kBase;
+  const Place at = place_of(blockIdx.x, s, G::kTileHeight);
+  const Lane<kWindow> lane(at, s);
+  const int64_t area = static_cast<int64_t>(s.height) * s.width;
+  for (int m = 0; m < 2; ++m)
+    for (int kind = 0; kind < 2; ++kind) {  // 0: values, 1: keys
+      const T* left = (kind == 1 ? q : m == 0 ? grad_pan : grad_ms) + at.base;
+      T* result = (kind == 1 ? (m == 0 ? grad_k_pan : grad_k_ms) : (m == 0 ? grad_v_pan : grad_v_ms)) + at.base;
+      __syncthreads();
+      load_candidate_pairs<kWindow>(candidates, workspace.at(m, kind, at.head, area, G::J),
+                                    kind == 0 ? -1.0f / G::J : 0.0f, lane, s);
+      for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
+        if (chunk > 0) __syncthreads();
+        load_pairs<kWindow>(tile, left, lane, s, chunk);
+        copy(constants, factor.kind(chunk, 1), F::kKind);
+        copy(base, factor.base(chunk), F::kBase);
+        __syncthreads();
+        float out[G::kRows][2] = {};
+        gather<kWindow, kSplit>(out, tile, candidates, constants, kind == 0 ? base : nullptr, lane);
+        store_own<kWindow>(result, out, lane, s, chunk);
+      }
+    }
 }
 
 // Gradients of W and b: with L, R, c as above (R = k or v), over pixels, heads, images, modalities, keys and values,
@@ -871,14 +1009,8 @@ struct Arguments {
 
   template <class T>
   Inputs<T> inputs(double scale) const {
-    return {pointer<T>(q),
-            pointer<T>(k_pan),
-            pointer<T>(v_pan),
-            pointer<T>(k_ms),
-            pointer<T>(v_ms),
-            weight ? pointer<float>(*weight) : nullptr,
-            bias ? pointer<float>(*bias) : nullptr,
-            static_cast<float>(scale)};
+    return {pointer<T>(q),    pointer<T>(k_pan), pointer<T>(v_pan),
+            pointer<T>(k_ms), pointer<T>(v_ms),  static_cast<float>(scale)};
   }
 };
 
@@ -924,11 +1056,11 @@ void with_factor(const psf::Launch& launch, const Arguments& a, const Shape& s, 
   pack.template operator()<false>();
 }
 
-// Shared memory of a kernel with one tile and one kind of the factor.
+// Shared memory of a kernel with a tile of channels, one kind of the factor and some tiles of eight candidates.
 template <int kWindow, bool kSplit>
-size_t shared_bytes() {
+size_t shared_bytes(int eights = 0) {
   using F = Factor<kWindow, kSplit>;
-  return (Tiles<kWindow>::kTile + F::kKind + F::kBase) * sizeof(float);
+  return ((1 + eights) * Tiles<kWindow>::kTile + F::kKind + F::kBase) * sizeof(float);
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k_pan, const Tensor& v_pan, const Tensor& k_ms,
@@ -979,6 +1111,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const psf::Launch launch(q);
   const Arguments a = prepare(q, k_pan, v_pan, k_ms, v_ms, weight, bias, channels_last);
   const Tensor grad_pan = dense(grad_pan_, channels_last), grad_ms = dense(grad_ms_, channels_last);
+  for (const Tensor* map : {&a.q, &a.k_pan, &a.v_pan, &a.k_ms, &a.v_ms, &grad_pan, &grad_ms})
+    s.whole_chunks &= aligned(*map);
   const int64_t plane = batch * num_heads * J * s.height * s.width;
   const Tensor space = small({4, plane});
   const Workspace workspace{pointer<float>(space), plane};
@@ -986,12 +1120,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Inputs<T> in = a.inputs<T>(scale);
     const dim3 block(kWarps * 32);
     int64_t tiles = tile(s, batch, Geometry<kWindow>::kTileHeight);
-    launch(backward_query_kernel<T, kWindow, kLearned>, grid_of(tiles), block, 0, in, pointer<T>(grad_pan),
-           pointer<T>(grad_ms), pointer<T>(grads[0]), workspace, s);
-    tiles = tile(s, batch, kWarps);
-    launch(backward_neighbour_kernel<T, kWindow, kLearned>, grid_of(tiles), block, 0, in.q, pointer<T>(grad_pan),
-           pointer<T>(grad_ms), pointer<T>(grads[1]), pointer<T>(grads[2]), pointer<T>(grads[3]), pointer<T>(grads[4]),
-           in.weight, workspace, s);
+    if constexpr (kLearned) {
+      tiles = tile(s, batch, Tiles<kWindow>::kTileHeight);
+      with_factor<T, kWindow>(launch, a, s, tf32, [&]<bool kSplit>(const Factor<kWindow, kSplit>& factor) {
+        launch(learned_backward_query_kernel<T, kWindow, kSplit>, grid_of(tiles), block,
+               shared_bytes<kWindow, kSplit>(), in, factor, pointer<T>(grad_pan), pointer<T>(grad_ms),
+               pointer<T>(grads[0]), workspace, s);
+        launch(learned_backward_neighbour_kernel<T, kWindow, kSplit>, grid_of(tiles), block,
+               shared_bytes<kWindow, kSplit>(Tiles<kWindow>::kEights), in.q, factor, pointer<T>(grad_pan),
+               pointer<T>(grad_ms), pointer<T>(grads[1]), pointer<T>(grads[2]), pointer<T>(grads[3]),
+               pointer<T>(grads[4]), workspace, s);
+      });
+    } else {
+      launch(backward_query_kernel<T, kWindow>, grid_of(tiles), block, 0, in, pointer<T>(grad_pan), pointer<T>(grad_ms),
+             pointer<T>(grads[0]), workspace, s);
+    }
+    if constexpr (!kLearned) {
+      tiles = tile(s, batch, kWarps);
+      launch(backward_neighbour_kernel<T, kWindow>, grid_of(tiles), block, 0, in.q, pointer<T>(grad_pan),
+             pointer<T>(grad_ms), pointer<T>(grads[1]), pointer<T>(grads[2]), pointer<T>(grads[3]),
+             pointer<T>(grads[4]), workspace, s);
+    }
     if constexpr (kLearned) {
       using W = WeightGeometry<kWindow>;
       tiles = tile(s, batch, W::kRows);

@@ -66,11 +66,13 @@ def test_agrees_with_reference(ops, shape, heads, window, learned, channels_last
     out, grads = expected(*data, *options)
     plain_out, plain_grads = expected(*data, *options, dtype=torch.float32)
     got_out, got_grads = run(ops, *data, *options, channels_last)
-    floor = 3e-8  # half a unit of float32: on a single pixel the plain run may be exact by luck
+    floor = 2**-24  # half a unit of float32: on a single pixel the plain run may be exact by luck
     for ours, plain in zip(error(got_out, out), error(plain_out, out), strict=True):
         assert ours <= 2 * max(plain, floor)
+    # Windows of 25 candidates: three truncated sums for each value instead of one.
+    factor = 3 if window == 3 or not learned else 3.5
     for ours, plain in zip(error(got_grads, grads), error(plain_grads, grads), strict=True):
-        assert ours <= 3 * max(plain, floor)
+        assert ours <= factor * max(plain, floor)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -140,18 +142,18 @@ def test_unaligned_maps(ops):
 @pytest.mark.parametrize(
     ("edit", "learned"),
     [
-        (("        __syncthreads();\n        project<", "        project<", 0), True),
+        (("    __syncthreads();\n    project<", "    project<", 0), True),
         (("from_x = at.x0 + i % G::kHaloWidth - G", "from_x = at.x0 + i % G::kHaloWidth + 1 - G", 0), True),
-        (("{v[0], v[2], v[1], v[3]}", "{v[0], v[1], v[2], v[3]}", 0), True),
+        (("kUp<kSplit> * v[2]", "kUp<kSplit> * v[1]", 0), True),
         (("    __syncthreads();\n  };\n", "  };\n", 0), False),
-        ((" - radius, x = x0", " - radius + 1, x = x0", 0), False),
+        (("G::J - 1 - (dy * kWindow + dx)", "dy * kWindow + dx", 0), True),
     ],
-    ids=["missing barrier", "off by one", "operands of a tile swapped", "missing barrier, shift", "off by one, shift"],
+    ids=["missing barrier", "off by one", "operands of a tile swapped", "missing barrier, shift", "mirrored window"],
 )
 def test_planted_faults_are_noticed(edit, learned):
     """The comparison above fails on a kernel with a fault: its passing means something."""
     faulty = simt.load(SOURCE, NAMES, edit)
-    tensors, weight, bias, gradients = case((1, 8, 9, 40), 1, 3, learned)
-    out, _ = expected(tensors, weight, bias, gradients, 1, 3, 0.25)
-    wrong = faulty.cm3a_fwd(*tensors, weight, bias, 1, 3, 0.25, False, False)
-    assert not max(error(wrong, out)) < 1e-3  # NaN counts as noticed
+    data = case((1, 8, 9, 40), 1, 3, learned)
+    results = [each for half in run(faulty, *data, 1, 3, 0.25, False) for each in half]
+    exact = [each for half in expected(*data, 1, 3, 0.25) for each in half]
+    assert not max(error(results, exact)) < 1e-3 or any(each.isnan().any() for each in results)
