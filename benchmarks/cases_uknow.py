@@ -104,16 +104,16 @@ def _cases_of(name: str, cls: Any, device: torch.device) -> Iterator[Case]:
 
 
 _PREDICTION = """\
-Predicted for the teacher from the profile before, with what was cut to get there: 3x3 convolutions, four fifths of the
-time, to a third by Winograd's algorithm; norm, SiLU, time and residual in the same pass, 0.3 s to nothing but the sums
-of the norms; features in channels_last, which brings 1x1 and depth-wise convolutions from 0.9 s to 0.2 s; the last two
-convolutions of the 36 feed-forward branches in one; no queries in the wavelet attention, its context and the projection
-behind it in one matrix; amplitudes, phases and norms in the frequency attention's passes, 1.2 s to 0.3 s. Together 2.0
-to 2.7 s instead of 5.5 s. Memory: 64 + 32 channels at full size are 25 MB; block input, normalised features, q, k, v
-and result are six of those and three skips of 8 MB remain, so about 200 MB instead of 420 MB, once what is wider (twice the
-channels between the feed-forward convolutions, keys and values) is there a strip at a time. For the student half the
-time, by the first two points alone. What is constant over steps is a tenth of the teacher's work (prior vector, keys,
-values) and 1 % of the student's."""
+Predicted for the teacher from the profile before, with what was cut to get there: 3x3 convolutions, four fifths of
+the time, to a third by Winograd's algorithm; norm, SiLU, time and residual in the same pass, 0.3 s to nothing but
+the sums of the norms; features in channels_last, which brings 1x1 and depth-wise convolutions from 0.9 s to 0.2 s;
+the last two convolutions of the 36 feed-forward branches in one; no queries in the wavelet attention, its context
+and the projection behind it in one matrix; amplitudes, phases and norms in the frequency attention's passes, 1.2 s
+to 0.3 s. Together 2.0 to 2.7 s instead of 5.5 s. Memory: 64 + 32 channels at full size are 25 MB; block input,
+normalised features, q, k, v and result are six of those and three skips of 8 MB remain, so about 200 MB instead of
+420 MB, once what is wider (twice the channels between the feed-forward convolutions, keys and values) is there a
+strip at a time. For the student half the time, by the first two points alone. What is constant over steps is a
+tenth of the teacher's work (prior vector, keys, values) and 1 % of the student's."""
 
 
 def _profiles(device: torch.device) -> Iterator[str]:
