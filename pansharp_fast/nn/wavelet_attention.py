@@ -69,10 +69,13 @@ class WaveletAttention(ChannelAttentionTail):
 
     def prepare(self, condition: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """What `attend` needs of the condition [B, cond_dim, H, W]; the same for every step of a sampling run."""
+        if fused(self, condition):
+            local, (first, second) = self._projections(self.qk if self.condition == "qk" else self.kv, condition)
+            if self.condition == "qk":
+                return self._context_of(self._keys(local, second), local, first)
+            everything = slice(None)
+            return torch.cat(list(self._keys(local, first)), 1), _values(local, second, everything, everything)
         if self.condition == "qk":
-            if fused(self, condition):
-                local, (q, k) = self._projections(self.qk, condition)
-                return self._context_of(self._keys(local, k), local, q)
             q, k = self.qk(condition).chunk(2, dim=1)
             return self._context(q, k.softmax(dim=-2))
         k, v = self.kv(condition).chunk(2, dim=1)
