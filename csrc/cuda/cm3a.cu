@@ -67,7 +67,7 @@ __device__ Place place_of(int64_t block, const Shape& s, int tile_height) {
 // One chunk of channels of a tile, `radius` pixels of halo around it, as float32, zero outside image and head.
 template <class T>
 __device__ void load_tile(float* tile, const T* data, const Shape& s, int chunk, int x0, int y0, int halo_width,
-                          int halo_area, int radius) {
+                          int halo_area, int plane, int radius) {
   for (int i = threadIdx.x; i < kChunk * halo_area; i += blockDim.x) {
     // Neighbouring threads read neighbouring addresses in either layout.
     const int d = s.channels_last ? i % kChunk : i / halo_area;
@@ -76,7 +76,7 @@ __device__ void load_tile(float* tile, const T* data, const Shape& s, int chunk,
     float value = 0.0f;
     if (chunk + d < s.dim && y >= 0 && y < s.height && x >= 0 && x < s.width)
       value = static_cast<float>(data[(chunk + d) * s.channel + (static_cast<int64_t>(y) * s.width + x) * s.pixel]);
-    tile[d * halo_area + at] = value;
+    tile[d * plane + at] = value;
   }
 }
 
@@ -525,7 +525,7 @@ __global__ void __launch_bounds__(kWarps * 32) shift_forward_kernel(Inputs<T> in
   const int x = at.x0 + tx, y = at.y0 + ty;
   const auto load = [&](const T* data, int chunk) {
     __syncthreads();  // the previous chunk has been read
-    load_tile(tile, data + at.base, s, chunk, at.x0, at.y0, G::kHaloWidth, G::kHaloArea, G::kRadius);
+    load_tile(tile, data + at.base, s, chunk, at.x0, at.y0, G::kHaloWidth, G::kHaloArea, G::kHaloArea, G::kRadius);
     __syncthreads();
   };
   for (int m = 0; m < 2; ++m) {
@@ -572,7 +572,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int64_t area = static_cast<int64_t>(s.height) * s.width;
   const auto load = [&](const T* data, int chunk) {
     __syncthreads();
-    load_tile(tile, data + at.base, s, chunk, at.x0, at.y0, G::kHaloWidth, G::kHaloArea, G::kRadius);
+    load_tile(tile, data + at.base, s, chunk, at.x0, at.y0, G::kHaloWidth, G::kHaloArea, G::kHaloArea, G::kRadius);
     __syncthreads();
   };
   for (int m = 0; m < 2; ++m) {
@@ -856,68 +856,105 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
 
 // Gradients of W and b: with L, R, c as above (R = k or v), over pixels, heads, images, modalities, keys and values,
 //   dW[d,j,p] = sum c_j(x) L[d](x) R[d](x+p),   db[d,j] = sum c_j(x) L[d](x)   (p = J).
-// A lane owns pairs (d, p) of a chunk, a block walks over every gridDim.x-th tile; partial sums of blocks and slices
-// go to `partial` [gridDim.x * slices][dim][J + 1][J] and are added up in a fixed order afterwards.
+// On the tensor cores with pixels as the sum's index: [8 channels of two offsets, 8 pixels] x [8 pixels, 8 candidates].
+// A block walks over every gridDim.x-th tile; groups of its warps share the offsets, the warps of a group the pixels.
+// Sums of blocks go to `partial` [gridDim.x][dim][J + 1][J] and are added up in a fixed order afterwards.
 template <int kWindow>
-struct WeightGeometry {
-  using G = Geometry<kWindow>;
-  static constexpr int kPairs = kChunk * (G::J + 1);
-  static constexpr int kPairWarps = (kPairs + 31) / 32;
-  static constexpr int kSlices = kWarps / kPairWarps > 0 ? kWarps / kPairWarps : 1;
-  static constexpr int kThreads = kPairWarps * kSlices * 32;
-  static constexpr int kRows = kWindow == 3 ? 8 : 4;  // pixel rows of a tile
-  static constexpr int kHaloArea = G::kHaloWidth * (kRows + 2 * G::kRadius);
-  static constexpr int kColumn = (G::J + 3) / 4 * 4;
+struct WeightTiles {
+  static constexpr int J = kWindow * kWindow;
+  static constexpr int kRadius = kWindow / 2;
+  static constexpr int kEights = (J + 7) / 8;  // of candidates
+  static constexpr int kGroups = kWindow == 3 ? 1 : 8;
+  static constexpr int kSlices = kWarps / kGroups;
+  static constexpr int kPairs = ((J + 2) / 2 + kGroups - 1) / kGroups;  // of offsets a warp owns
+  static constexpr int kRows = kWindow == 3 ? 8 : 4;                    // pixel rows of a tile
+  static constexpr int kArea = kRows * kTileWidth;
+  static constexpr int kHaloWidth = kTileWidth + 2 * kRadius;
+  static constexpr int kHaloArea = kHaloWidth * (kRows + 2 * kRadius);
+  // Floats of a plane: planes begin 4 banks apart.
+  static constexpr int kPlane = (kArea + 31 - 4) / 32 * 32 + 4;
+  static constexpr int kHaloPlane = (kHaloArea + 31 - 4) / 32 * 32 + 4;
+  static constexpr int kSums = kChunk * (J + 1) * J;
+  static constexpr int kShared = std::max(kChunk * (kHaloPlane + kPlane) + 8 * kEights * kPlane, kSlices* kSums);
 };
 
-template <class T, int kWindow>
-__global__ void __launch_bounds__(WeightGeometry<kWindow>::kThreads)
+template <class T, int kWindow, bool kSplit>
+__global__ void __launch_bounds__(kWarps * 32, 2)
     backward_weight_kernel(Inputs<T> in, const T* grad_pan, const T* grad_ms, Workspace workspace, float* partial,
                            int64_t tiles, Shape s) {
-  using G = Geometry<kWindow>;
-  using W = WeightGeometry<kWindow>;
-  PSF_SHARED(float, right, kChunk* W::kHaloArea);
-  PSF_SHARED(float, left, kChunk* W::kRows* kTileWidth);
-  PSF_SHARED(float, factor, W::kRows * kTileWidth * W::kColumn);
-  const int slice = threadIdx.x / 32 / W::kPairWarps;
-  const int pair = static_cast<int>(threadIdx.x) - slice * W::kPairWarps * 32;
-  const int d = min(pair / (G::J + 1), kChunk - 1), p = pair % (G::J + 1);
+  using G = WeightTiles<kWindow>;
+  PSF_SHARED(float, right, G::kShared);
+  float* const left = right + kChunk * G::kHaloPlane;
+  float* const candidates = left + kChunk * G::kPlane;
+  const int lane = threadIdx.x % 32, q = lane / 4, r = lane % 4, warp = threadIdx.x / 32;
+  const int slice = warp % G::kSlices, first = warp / G::kSlices * G::kPairs;
   const int64_t area = static_cast<int64_t>(s.height) * s.width;
   for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
-    float sums[G::J] = {};
+    psf::Sum<kSplit> sums[G::kPairs][G::kEights];
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const Place at = place_of(tile, s, W::kRows);
+      const Place at = place_of(tile, s, G::kRows);
       for (int m = 0; m < 2; ++m)
         for (int kind = 0; kind < 2; ++kind) {
           const T* l = (kind == 1 ? in.q : m == 0 ? grad_pan : grad_ms) + at.base;
-          const T* r = (kind == 1 ? (m == 0 ? in.k_pan : in.k_ms) : (m == 0 ? in.v_pan : in.v_ms)) + at.base;
+          const T* near = (kind == 1 ? (m == 0 ? in.k_pan : in.k_ms) : (m == 0 ? in.v_pan : in.v_ms)) + at.base;
           const float* c = workspace.at(m, kind, at.head, area, G::J);
           __syncthreads();
-          load_tile(right, r, s, chunk, at.x0, at.y0, G::kHaloWidth, W::kHaloArea, G::kRadius);
-          load_tile(left, l, s, chunk, at.x0, at.y0, kTileWidth, W::kRows * kTileWidth, 0);
-          for (int i = threadIdx.x; i < W::kRows * kTileWidth * G::J; i += blockDim.x) {
-            const int j = i / (W::kRows * kTileWidth), t = i % (W::kRows * kTileWidth);
+          load_tile(right, near, s, chunk, at.x0, at.y0, G::kHaloWidth, G::kHaloArea, G::kHaloPlane, G::kRadius);
+          load_tile(left, l, s, chunk, at.x0, at.y0, kTileWidth, G::kArea, G::kPlane, 0);
+          for (int i = threadIdx.x; i < 8 * G::kEights * G::kArea; i += blockDim.x) {
+            const int j = i / G::kArea, t = i % G::kArea;
             const int x = at.x0 + t % kTileWidth, y = at.y0 + t / kTileWidth;
-            const bool inside = x < s.width && y < s.height;
-            factor[t * W::kColumn + j] = inside ? c[j * area + static_cast<int64_t>(y) * s.width + x] : 0.0f;
+            const bool real = j < G::J && x < s.width && y < s.height;
+            candidates[j * G::kPlane + t] = real ? c[j * area + static_cast<int64_t>(y) * s.width + x] : 0.0f;
           }
           __syncthreads();
-          for (int t = slice; t < W::kRows * kTileWidth; t += W::kSlices) {
-            float z = left[d * W::kRows * kTileWidth + t];
-            if (p < G::J)
-              z *= right[d * W::kHaloArea + (t / kTileWidth + p / kWindow) * G::kHaloWidth + t % kTileWidth +
-                         p % kWindow];
+#pragma unroll 1
+          for (int step = slice; step < G::kArea / 8; step += G::kSlices) {
+            const int row = step / (kTileWidth / 8), x = step % (kTileWidth / 8) * 8 + r;
+            const float* own = left + q * G::kPlane + row * kTileWidth + x;
+            const float values[2] = {kUp<kSplit> * own[0], kUp<kSplit> * own[4]};
+            // R at offset p from pixel x + 4 n
+            const auto beside = [&](int p, int n) {
+              if (p >= G::J) return p == G::J ? 1.0f : 0.0f;
+              return right[q * G::kHaloPlane + (row + p / kWindow) * G::kHaloWidth + x + 4 * n + p % kWindow];
+            };
+            psf::Terms<2> columns[G::kEights];
 #pragma unroll
-            for (int j = 0; j < G::J; ++j) sums[j] += z * factor[t * W::kColumn + j];
+            for (int e = 0; e < G::kEights; ++e) {
+              const float* column = candidates + (8 * e + q) * G::kPlane + row * kTileWidth + x;
+              const float b[2] = {column[0], column[4]};
+              columns[e] = psf::Terms<2>(b);
+            }
+#pragma unroll
+            for (int i = 0; i < G::kPairs; ++i) {
+              const int p = 2 * (first + i);
+              const float a[4] = {values[0] * beside(p, 0), values[0] * beside(p + 1, 0), values[1] * beside(p, 1),
+                                  values[1] * beside(p + 1, 1)};
+              const psf::Operand<kSplit> rows(a);
+#pragma unroll
+              for (int e = 0; e < G::kEights; ++e) sums[i][e].add(rows, columns[e]);
+            }
           }
         }
     }
-    if (pair < W::kPairs && chunk + d < s.dim) {
-      float* to = partial +
-                  ((static_cast<int64_t>(blockIdx.x) * W::kSlices + slice) * s.dim + chunk + d) * (G::J + 1) * G::J +
-                  p * G::J;
+    __syncthreads();
+    float* const slices = right;  // [kSlices][kChunk][J + 1][J]
 #pragma unroll
-      for (int j = 0; j < G::J; ++j) to[j] = sums[j];
+    for (int i = 0; i < G::kPairs; ++i)
+#pragma unroll
+      for (int e = 0; e < G::kEights; ++e)
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const int p = 2 * (first + i) + n / 2, j = 8 * e + 2 * r + n % 2;
+          if (p <= G::J && j < G::J) slices[slice * G::kSums + (q * (G::J + 1) + p) * G::J + j] = sums[i][e][n];
+        }
+    __syncthreads();
+    for (int i = threadIdx.x; i < G::kSums; i += blockDim.x) {
+      float sum = 0.0f;
+      for (int n = 0; n < G::kSlices; ++n) sum += slices[n * G::kSums + i];
+      const int d = chunk + i / ((G::J + 1) * G::J);
+      if (d < s.dim)
+        partial[(static_cast<int64_t>(blockIdx.x) * s.dim + d) * (G::J + 1) * G::J + i % ((G::J + 1) * G::J)] = sum;
     }
   }
 }
@@ -1037,23 +1074,28 @@ Arguments prepare(const Tensor& q, const Tensor& k_pan, const Tensor& v_pan, con
   return a;
 }
 
-// Calls body.template operator()<kSplit>(factor): float32 is split where torch does not allow TF32.
+// Calls body.template operator()<kSplit>(): float32 is split where torch does not allow TF32.
+template <class T, class Body>
+void with_split(bool tf32, Body body) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (!tf32) return body.template operator()<true>();
+  }
+  body.template operator()<false>();
+}
+
+// Calls body.template operator()<kSplit>(factor) with the packed factor.
 template <class T, int kWindow, class Body>
 void with_factor(const psf::Launch& launch, const Arguments& a, const Shape& s, bool tf32, Body body) {
-  const int chunks = (s.dim + kChunk - 1) / kChunk;
-  const auto pack = [&]<bool kSplit>() {
+  with_split<T>(tf32, [&]<bool kSplit>() {
     using F = Factor<kWindow, kSplit>;
+    const int chunks = (s.dim + kChunk - 1) / kChunk;
     const Tensor packed = torch::stable::empty({F::size(chunks)}, ScalarType::Float, std::nullopt, a.q.device());
     const int threads = chunks * std::max(2 * F::kKind / F::kLane, F::kBase);
     launch(pack_kernel<kWindow, kSplit>, dim3((threads + 255) / 256), dim3(256), 0,
            static_cast<const float*>(pointer<float>(*a.weight)), static_cast<const float*>(pointer<float>(*a.bias)),
            pointer<float>(packed), s.dim, chunks);
     body.template operator()<kSplit>(F{pointer<float>(packed), chunks});
-  };
-  if constexpr (std::is_same_v<T, float>) {
-    if (!tf32) return pack.template operator()<true>();
-  }
-  pack.template operator()<false>();
+  });
 }
 
 // Shared memory of a kernel with a tile of channels, one kind of the factor and some tiles of eight candidates.
@@ -1142,17 +1184,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
              pointer<T>(grads[4]), workspace, s);
     }
     if constexpr (kLearned) {
-      using W = WeightGeometry<kWindow>;
+      using W = WeightTiles<kWindow>;
       tiles = tile(s, batch, W::kRows);
       // Enough blocks to fill a large GPU; a fixed number, so that the order of addition is the same everywhere.
       const int64_t blocks = tiles < 528 ? tiles : 528;
-      const int total = s.dim * (W::G::J + 1) * W::G::J;
-      const Tensor partial = small({blocks * W::kSlices, total});
-      launch(backward_weight_kernel<T, kWindow>, grid_of(blocks), dim3(W::kThreads), 0, in, pointer<T>(grad_pan),
-             pointer<T>(grad_ms), workspace, pointer<float>(partial), tiles, s);
+      const int total = s.dim * (W::J + 1) * W::J;
+      const Tensor partial = small({blocks, total});
+      with_split<T>(tf32, [&]<bool kSplit>() {
+        launch(backward_weight_kernel<T, kWindow, kSplit>, grid_of(blocks), block, 0, in, pointer<T>(grad_pan),
+               pointer<T>(grad_ms), workspace, pointer<float>(partial), tiles, s);
+      });
       launch(reduce_kernel, dim3((total + 255) / 256), dim3(256), 0, static_cast<const float*>(pointer<float>(partial)),
-             pointer<float>(grad_weight), pointer<float>(grad_bias), static_cast<int>(blocks * W::kSlices), W::G::J,
-             s.dim);
+             pointer<float>(grad_weight), pointer<float>(grad_bias), static_cast<int>(blocks), W::J, s.dim);
     }
   });
   return {grads[0], grads[1], grads[2], grads[3], grads[4], grad_weight, grad_bias};

@@ -34,6 +34,7 @@ template <int kCount>
 struct Terms {
   float high[kCount], low[kCount];
 
+  Terms() = default;
   __device__ __forceinline__ explicit Terms(const float (&x)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -43,6 +44,17 @@ struct Terms {
   }
 };
 
+// A of a product: as two terms, or as it is.
+template <bool kSplit>
+struct Operand {
+  float values[4];
+  __device__ __forceinline__ explicit Operand(const float (&a)[4]) : values{a[0], a[1], a[2], a[3]} {}
+};
+template <>
+struct Operand<true> : Terms<4> {
+  using Terms<4>::Terms;
+};
+
 // A sum of products a b with operands as accurate as float32 (kSplit: both as two TF32 terms, three products), or TF32.
 // B has `high` and, for kSplit, `low` as fragments.
 template <bool kSplit>
@@ -50,21 +62,22 @@ struct Sum {
   float total[4] = {}, small[kSplit ? 4 : 1] = {};
 
   template <class B>
-  __device__ __forceinline__ void add(const Terms<4>& a, const B& b) {
-    float product[4] = {};
-    mma(small, a.low, b.high, small);
-    mma(small, a.high, b.low, small);
-    mma(product, a.high, b.high, product);
+  __device__ __forceinline__ void add(const Operand<kSplit>& a, const B& b) {
+    if constexpr (kSplit) {
+      float product[4] = {};
+      mma(small, a.low, b.high, small);
+      mma(small, a.high, b.low, small);
+      mma(product, a.high, b.high, product);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) total[i] += product[i];
+      for (int i = 0; i < 4; ++i) total[i] += product[i];
+    } else {
+      mma(total, a.values, b.high, total);
+    }
   }
 
   template <class B>
   __device__ __forceinline__ void add(const float (&a)[4], const B& b) {
-    if constexpr (kSplit)
-      add(Terms<4>(a), b);
-    else
-      mma(total, a, b.high, total);
+    add(Operand<kSplit>(a), b);
   }
 
   __device__ __forceinline__ float operator[](int i) const {

@@ -66,7 +66,8 @@ def test_agrees_with_reference(ops, shape, heads, window, learned, channels_last
     out, grads = expected(*data, *options)
     plain_out, plain_grads = expected(*data, *options, dtype=torch.float32)
     got_out, got_grads = run(ops, *data, *options, channels_last)
-    floor = 2**-24  # half a unit of float32: on a single pixel the plain run may be exact by luck
+    # On a single pixel the plain run may be exact by luck: half a unit of float32, or one, as tensor cores truncate.
+    floor = 2**-23 if learned else 2**-24
     for ours, plain in zip(error(got_out, out), error(plain_out, out), strict=True):
         assert ours <= 2 * max(plain, floor)
     # Windows of 25 candidates: three truncated sums for each value instead of one.
