@@ -6,8 +6,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -112,11 +110,9 @@ Tensor like_q(const Tensor& q, bool channels_last) {
 // Runs f(chunk, first item, last item, scratch) over all chunks, in parallel.
 template <typename F>
 void for_chunks(const Tiling& tiling, int64_t chunks, const F& f) {
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    const auto alignment = std::align_val_t(64);
-    const auto release = [&](void* memory) { ::operator delete(memory, alignment); };
-    std::unique_ptr<void, decltype(release)> scratch(::operator new(tiling.scratch_bytes, alignment), release);
-    for (int64_t chunk = begin; chunk < end; ++chunk)
+  psf::for_tasks(chunks, [&](const auto& next) {
+    const psf::AlignedBuffer<char> scratch(tiling.scratch_bytes);
+    for (int64_t chunk = next(); chunk >= 0; chunk = next())
       f(chunk, tiling.items * chunk / chunks, tiling.items * (chunk + 1) / chunks, scratch.get());
   });
 }

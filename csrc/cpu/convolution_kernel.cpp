@@ -36,9 +36,17 @@ PSF_INLINE void store_some(T* p, Floats v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) store_one(p + i, v[i]);
 }
 
-PSF_INLINE Floats sigmoid_weighted(Floats x) {
-  const Floats e = exponential(x < 0.0f ? x : -x);
-  return (x < 0.0f ? x * e : x) / (1.0f + e);
+// x sigmoid(x).
+PSF_INLINE Floats silu(Floats x) {
+  const Floats bounded = x < -87.0f ? Floats{} - 87.0f : x;
+  const Floats e = exponential(bounded > 87.0f ? Floats{} - 87.0f : -bounded) + 1.0f;
+#if defined(__AVX512F__)
+  // Half the time of a division: 14 bits and one of Newton's steps.
+  const Floats near = reinterpret_cast<Floats>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(e)));
+  return x * (near * (2.0f - near * e));
+#else
+  return x / e;
+#endif
 }
 
 // d <- Bᵀ d for six samples: what a patch becomes along one axis.
@@ -130,7 +138,7 @@ void load_line(const Call& call, const Block& at, int64_t y, float* line) {
       const int64_t count = call.channels - c;
       Floats v = load_some(pixel + c, count);
       if (scale != nullptr) v = v * load_some(scale + c, count) + load_some(shift + c, count);
-      if (call.silu) v = sigmoid_weighted(v);
+      if (call.silu) v = silu(v);
       store(line + (c * columns + i * kLanes), v);
     }
   }
@@ -251,49 +259,71 @@ void run_block(const Call& call, const Plan& plan, int64_t task, float* memory) 
 }
 
 template <class T>
-void weight_panels(const Call& call, const Plan& plan, const T* weight, const int64_t (&strides)[4], int64_t begin,
-                   int64_t end, float* result) {
-  for (int64_t panel = begin; panel < end; ++panel)
-    for (int64_t c = 0; c < call.channels; ++c)
-      for (int64_t v = 0; v < kPanelVectors; ++v) {
-        const int64_t o = panel * kPanel + v * kLanes, count = smaller(kLanes, call.outputs - o);
-        Floats taps[3][3] = {};
-        for (int64_t lane = 0; lane < count; ++lane) {
-          const T* kernel = weight + (o + lane) * strides[0] + c * strides[1];
-          for (int64_t i = 0; i < 3; ++i)
-            for (int64_t j = 0; j < 3; ++j) taps[i][j][lane] = load_one(kernel + i * strides[2] + j * strides[3]);
-        }
-        Floats half[3][6];
-        for (int64_t j = 0; j < 3; ++j) transform_taps(taps[0][j], taps[1][j], taps[2][j], half[j]);
-        for (int64_t i = 0; i < 6; ++i) {
-          Floats u[6];
-          transform_taps(half[0][i], half[1][i], half[2][i], u);
-          for (int64_t j = 0; j < 6; ++j)
-            store(result + panel * plan.panel_weights + ((i * 6 + j) * call.channels + c) * kPanel + v * kLanes, u[j]);
-        }
+void weight_panel(const Call& call, const Plan& plan, const T* weight, const int64_t (&strides)[4], int64_t panel,
+                  float* result) {
+  for (int64_t c = 0; c < call.channels; ++c)
+    for (int64_t v = 0; v < kPanelVectors; ++v) {
+      const int64_t o = panel * kPanel + v * kLanes, count = smaller(kLanes, call.outputs - o);
+      Floats taps[3][3] = {};
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const T* kernel = weight + (o + lane) * strides[0] + c * strides[1];
+        for (int64_t i = 0; i < 3; ++i)
+          for (int64_t j = 0; j < 3; ++j) taps[i][j][lane] = load_one(kernel + i * strides[2] + j * strides[3]);
       }
+      Floats half[3][6];
+      for (int64_t j = 0; j < 3; ++j) transform_taps(taps[0][j], taps[1][j], taps[2][j], half[j]);
+      for (int64_t i = 0; i < 6; ++i) {
+        Floats u[6];
+        transform_taps(half[0][i], half[1][i], half[2][i], u);
+        for (int64_t j = 0; j < 6; ++j)
+          store(result + panel * plan.panel_weights + ((i * 6 + j) * call.channels + c) * kPanel + v * kLanes, u[j]);
+      }
+    }
+}
+
+// Pixels first..last of an image, counted along its rows, as runs that lie in one row: body(first pixel, how many).
+template <class T, class Body>
+void by_rows(const Call& call, const T* image, int64_t first, int64_t last, Body body) {
+  const bool dense = call.x.row == call.width * call.x.pixel;
+  while (first < last) {
+    const int64_t y = dense ? 0 : first / call.width, x = first - y * call.width;
+    const int64_t count = dense ? last - first : smaller(last - first, call.width - x);
+    body(image + y * call.x.row + x * call.x.pixel, count);
+    first += count;
+  }
 }
 
 template <class T>
 void sum_channels(const Call& call, const T* image, int64_t begin, int64_t end, double* sums) {
-  for (int64_t first = begin; first < end; first += kChunk) {
-    const int64_t last = smaller(first + kChunk, end);
-    for (int64_t c = 0; c < call.channels; c += kLanes) {
-      const int64_t count = smaller(kLanes, call.channels - c);
-      const Floats origin = load_some(image + c, count);
-      Floats sum{}, square{};
-      for (int64_t p = first; p < last; ++p) {
-        const Floats v =
-            load_some(image + p / call.width * call.x.row + p % call.width * call.x.pixel + c, count) - origin;
-        sum += v;
-        square += v * v;
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        sums[c + i] += sum[i];
-        sums[call.channels + c + i] += square[i];
-      }
+  constexpr int64_t kVectors = 4;
+  for (int64_t first = begin; first < end; first += kChunk)
+    for (int64_t c = 0; c < call.channels; c += kVectors * kLanes) {
+      Floats origin[kVectors], sum[kVectors] = {}, square[kVectors] = {};
+      const int64_t left = call.channels - c, vectors = smaller(kVectors, (left + kLanes - 1) / kLanes);
+      for (int64_t v = 0; v < vectors; ++v) origin[v] = load_some(image + c + v * kLanes, left - v * kLanes);
+      by_rows(call, image, first, smaller(first + kChunk, end), [&](const T* pixel, int64_t count) {
+        for (int64_t i = 0; i < count; ++i, pixel += call.x.pixel) {
+          if (left >= kVectors * kLanes) {
+            PSF_UNROLL for (int64_t v = 0; v < kVectors; ++v) {
+              const Floats value = load(pixel + c + v * kLanes) - origin[v];
+              sum[v] += value;
+              square[v] += value * value;
+            }
+          } else {
+            for (int64_t v = 0; v < vectors; ++v) {
+              const Floats value = load_some(pixel + c + v * kLanes, left - v * kLanes) - origin[v];
+              sum[v] += value;
+              square[v] += value * value;
+            }
+          }
+        }
+      });
+      for (int64_t v = 0; v < vectors; ++v)
+        for (int64_t i = 0; i < smaller(kLanes, left - v * kLanes); ++i) {
+          sums[c + v * kLanes + i] += sum[v][i];
+          sums[call.channels + c + v * kLanes + i] += square[v][i];
+        }
     }
-  }
 }
 
 // body(value of the element's type) for the types that are computed in float32.
@@ -329,9 +359,9 @@ Plan winograd_plan(const Call& call) {
 }
 
 void winograd_weight(const Call& call, const Plan& plan, Element element, const void* weight,
-                     const int64_t (&strides)[4], int64_t begin, int64_t end, float* result) {
+                     const int64_t (&strides)[4], int64_t panel, float* result) {
   by_element(element, [&](auto type) {
-    weight_panels(call, plan, static_cast<const decltype(type)*>(weight), strides, begin, end, result);
+    weight_panel(call, plan, static_cast<const decltype(type)*>(weight), strides, panel, result);
   });
 }
 

@@ -84,12 +84,13 @@ Tensor conv3x3_fwd(const Tensor& image, const Tensor& weight, const std::optiona
   const Element element = element_of("weight", weight);
   STD_TORCH_CHECK(element != Element::f64, "weight: expected float32, bfloat16 or float16");
   const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
-  torch::stable::parallel_for(0, plan.panels, 1, [&](int64_t begin, int64_t end) {
-    PSF_DISPATCH(winograd_weight, call, plan, element, weight.const_data_ptr(), strides, begin, end, packed.get());
+  for_tasks(plan.panels, [&](const auto& next) {
+    for (int64_t panel = next(); panel >= 0; panel = next())
+      PSF_DISPATCH(winograd_weight, call, plan, element, weight.const_data_ptr(), strides, panel, packed.get());
   });
-  torch::stable::parallel_for(0, batch * plan.blocks_down * plan.blocks_across, 1, [&](int64_t begin, int64_t end) {
+  for_tasks(batch * plan.blocks_down * plan.blocks_across, [&](const auto& next) {
     const AlignedBuffer<float> scratch(plan.scratch);
-    for (int64_t task = begin; task < end; ++task) PSF_DISPATCH(winograd_block, call, plan, task, scratch.get());
+    for (int64_t task = next(); task >= 0; task = next()) PSF_DISPATCH(winograd_block, call, plan, task, scratch.get());
   });
   return y;
 }
@@ -112,8 +113,8 @@ std::tuple<Tensor, Tensor> group_norm_factors(const Tensor& image, const std::op
   const int64_t runs = (pixels + kRun - 1) / kRun;
   std::vector<double> sums(static_cast<size_t>(batch * runs * 2 * channels));
   const char* data = static_cast<const char*>(x.const_data_ptr());
-  torch::stable::parallel_for(0, batch * runs, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
+  for_tasks(batch * runs, [&](const auto& next) {
+    for (int64_t task = next(); task >= 0; task = next()) {
       const int64_t begin = task % runs * kRun, end = begin + kRun < pixels ? begin + kRun : pixels;
       PSF_DISPATCH(channel_sums, call, data + task / runs * x.stride(0) * x.element_size(), begin, end,
                    sums.data() + task * 2 * channels);

@@ -40,9 +40,9 @@ struct Plan {
   template <typename T, typename Body>
   void run(Body body) const {
     const int64_t total = spectrum.frequencies();
-    torch::stable::parallel_for(0, batch * heads * runs, 1, [&](int64_t first, int64_t last) {
+    for_tasks(batch * heads * runs, [&](const auto& next) {
       AlignedBuffer<T> scratch(frequency_scratch(spectrum.depth));
-      for (int64_t task = first; task < last; ++task) {
+      for (int64_t task = next(); task >= 0; task = next()) {
         const int64_t begin = task % runs * kTaskFrequencies;
         const int64_t end = begin + kTaskFrequencies < total ? begin + kTaskFrequencies : total;
         body(scratch.get(), task, task / runs, begin, end);
@@ -139,8 +139,8 @@ void hartley(const Tensor& x, Tensor out) {
   STD_TORCH_CHECK(out.stride(3) == 1 && out.stride(2) == out.size(3), "out: expected contiguous maps");
   dispatch_spectrum(x, [&](auto zero) {
     using T = decltype(zero);
-    torch::stable::parallel_for(0, plan.batch * plan.heads, 1, [&](int64_t first, int64_t last) {
-      for (int64_t map = first; map < last; ++map)
+    for_tasks(plan.batch * plan.heads, [&](const auto& next) {
+      for (int64_t map = next(); map >= 0; map = next())
         PSF_DISPATCH(frequency_hartley, plan.spectrum, data<const T>(x) + map * plan.head_size,
                      data<T>(out) + map / plan.heads * out.stride(0) + map % plan.heads * out.stride(1));
     });
@@ -165,9 +165,9 @@ void run_pixels(const Tensor& x, Body body) {
   check_pixels(x);
   const Pixels pixels{stored(x.scalar_type()), x.size(1), x.size(2) * x.size(3), x.stride(1), x.stride(3)};
   const int64_t runs = (pixels.pixels + kTaskPixels - 1) / kTaskPixels;
-  torch::stable::parallel_for(0, x.size(0) * runs, 1, [&](int64_t first, int64_t last) {
+  for_tasks(x.size(0) * runs, [&](const auto& next) {
     AlignedBuffer<T> block(pixels.channels * kNormalizeBlock);
-    for (int64_t task = first; task < last; ++task) {
+    for (int64_t task = next(); task >= 0; task = next()) {
       const int64_t begin = task % runs * kTaskPixels;
       const int64_t end = begin + kTaskPixels < pixels.pixels ? begin + kTaskPixels : pixels.pixels;
       const char* image = data<const char>(x) + task / runs * x.stride(0) * static_cast<int64_t>(x.element_size());

@@ -1,10 +1,13 @@
 // What the CPU operators share about torch's tensors.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <new>
 
@@ -46,6 +49,20 @@ class AlignedBuffer {
  private:
   T* data_;
 };
+
+// Runs body(next) on every thread; next() is the number of a task to do, or -1 when all `count` are taken. Threads take
+// tasks as they come to need them, because cores differ in speed and are shared with other programs; so what a task
+// computes must not depend on who does it.
+template <typename Body>
+void for_tasks(int64_t count, const Body& body) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&taken, count] {
+    const int64_t task = taken.fetch_add(1, std::memory_order_relaxed);
+    return task < count ? task : int64_t{-1};
+  };
+  const int64_t workers = std::min<int64_t>(count, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { body(next); });
+}
 
 // A result this big comes fresh from the kernel at every call (glibc returns blocks above its largest mmap threshold,
 // 32 MiB, at once): huge pages then cost far less than page faults, and caches cannot hold it.

@@ -6,7 +6,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "cpu/tensor.h"
@@ -151,11 +150,13 @@ size_t scratch_bytes(const Line& line, const Rows& vertical) {
 template <class Call>
 void run(const Call& call, int64_t planes, void (*rows)(const Call&, int64_t, int64_t, void*)) {
   const size_t bytes = scratch_bytes(call.line, call.vertical);
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, call.line.n));
-  torch::stable::parallel_for(0, planes * call.rows, grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> memory(new char[bytes + 64]);
-    char* aligned = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
-    rows(call, begin, end, aligned);
+  const int64_t total = planes * call.rows;
+  const int64_t least = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, call.line.n));
+  const int64_t size = std::max<int64_t>(least, total / (8 * static_cast<int64_t>(torch::stable::get_num_threads())));
+  for_tasks((total + size - 1) / size, [&](const auto& next) {
+    const AlignedBuffer<char> memory(static_cast<int64_t>(bytes));
+    for (int64_t task = next(); task >= 0; task = next())
+      rows(call, task * size, std::min(total, (task + 1) * size), memory.get());
   });
 }
 
