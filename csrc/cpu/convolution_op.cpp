@@ -51,7 +51,6 @@ Tensor conv3x3_fwd(const Tensor& image, const Tensor& weight, const std::optiona
                   "weight: expected [O, ", channels, ", 3, 3]");
   STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "shift: expected together with scale");
   const Tensor memory = torch::stable::new_empty(x, {batch, x.size(2), x.size(3), outputs});
-  prefer_huge_pages(memory);
   const Tensor y = channels_first(memory);
   Call call{};
   call.element = element_of("x", x);
@@ -62,7 +61,7 @@ Tensor conv3x3_fwd(const Tensor& image, const Tensor& weight, const std::optiona
   call.outputs = outputs;
   call.x = image_of(x);
   call.y = image_of(y);
-  call.stream = call.element == Element::f32 && outputs % 16 == 0 && is_big(memory) &&
+  call.stream = past_caches(memory) && call.element == Element::f32 && outputs % 16 == 0 &&
                 reinterpret_cast<uintptr_t>(call.y.data) % 64 == 0;
   std::optional<Tensor> residual;
   if (added) {

@@ -64,23 +64,25 @@ void for_tasks(int64_t count, const Body& body) {
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { body(next); });
 }
 
-// A result this big comes fresh from the kernel at every call (glibc returns blocks above its largest mmap threshold,
-// 32 MiB, at once): huge pages then cost far less than page faults, and caches cannot hold it.
-inline bool is_big(const torch::stable::Tensor& result) {
-  return result.numel() * result.element_size() >= int64_t{32} << 20;
-}
-
-inline void prefer_huge_pages(const torch::stable::Tensor& result) {
+// Whether a new result should be written past the caches, which cannot hold it: it is big and its memory has been used
+// before. Big memory that has not (glibc returns blocks above its largest mmap threshold, 32 MiB, to the system at
+// once, so that they come fresh at every call) is asked for in huge pages instead, which cost far less than page
+// faults; the system's zeros are still in the cache when the result is written.
+inline bool past_caches(const torch::stable::Tensor& result) {
+  const uintptr_t size = static_cast<uintptr_t>(result.numel() * result.element_size());
+  if (size < uintptr_t{32} << 20) return false;
 #ifdef __linux__
-  if (!is_big(result)) return;
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  constexpr uintptr_t kSmall = 4096, kHuge = uintptr_t{2} << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
-  const uintptr_t end = begin + result.numel() * result.element_size();
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  if (first < end) madvise(reinterpret_cast<void*>(first), (end - first) / kPage * kPage, MADV_HUGEPAGE);
-#else
-  (void)result;
+  const uintptr_t middle = (begin + size / 2) / kSmall * kSmall;
+  unsigned char resident = 1;
+  if (mincore(reinterpret_cast<void*>(middle), kSmall, &resident) == 0 && (resident & 1) == 0) {
+    const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + size) / kHuge * kHuge;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+    return false;
+  }
 #endif
+  return true;
 }
 
 }  // namespace psf

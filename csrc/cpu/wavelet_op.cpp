@@ -161,7 +161,7 @@ void run(const Call& call, int64_t planes, void (*rows)(const Call&, int64_t, in
 }
 
 bool may_stream(const Tensor& result, int64_t width) {
-  return is_big(result) && width * result.element_size() % 128 == 0 &&
+  return past_caches(result) && width * result.element_size() % 128 == 0 &&
          reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) % 64 == 0;
 }
 
@@ -188,7 +188,6 @@ Tensor wavelet_fwd(const Tensor& x, std::vector<double> taps_y, std::vector<doub
   const Horizontal horizontal(taps_x, mode_x, x.size(2), dilation, type);
   const Line line = horizontal.line();
   Tensor y = torch::stable::new_empty(x, {x.size(0), 4, rows, line.count});
-  prefer_huge_pages(y);
   const bool stream = may_stream(y, line.count) && (line.step == 1 || line.n == 2 * line.count);
   const Analysis call{type, plane(source), y.mutable_data_ptr(), rows, vertical.rows(), line, stream};
   run<Analysis>(call, x.size(0), [](const Analysis& c, int64_t begin, int64_t end, void* scratch) {
@@ -215,7 +214,6 @@ Tensor wavelet_bwd(const Tensor& a, const Tensor& h, const Tensor& v, const Tens
     bands.push_back(with_adjacent_columns(*band));
   }
   Tensor x = torch::stable::new_empty(a, {a.size(0), height, width});
-  prefer_huge_pages(x);
   const Synthesis call{type,
                        {plane(bands[0]), plane(bands[1]), plane(bands[2]), plane(bands[3])},
                        x.mutable_data_ptr(),
