@@ -10,16 +10,16 @@ from pansharp_fast import ops
 assert torch.cuda.is_available(), "expected a CUDA device"
 
 
-def leaf(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", requires_grad=True)
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True)
 
 
-def cm3a() -> None:
+def cm3a(dtype: torch.dtype) -> None:
     for window in (3, 5):
         for learned in (True, False):
             for layout in (torch.contiguous_format, torch.channels_last):
                 count = window**2
-                tensors = [leaf(2, 16, 19, 37).contiguous(memory_format=layout) for _ in range(5)]
+                tensors = [leaf(2, 16, 19, 37, dtype=dtype).contiguous(memory_format=layout) for _ in range(5)]
                 factor = (leaf(8, count, window, window), leaf(8, count)) if learned else (None, None)
                 out = ops.cm3a(*tensors, *factor, num_heads=2, window=window)
                 (out[0].square().sum() + out[1].sum()).backward()
@@ -40,7 +40,11 @@ def frequency_attention() -> None:
 
 
 with pansharp_fast.use_backend("cuda"):
-    cm3a()
+    cm3a(torch.float32)
+    cm3a(torch.bfloat16)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    cm3a(torch.float32)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     frequency_attention()
     if importlib.util.find_spec("pywt") is not None:
         wavelet()

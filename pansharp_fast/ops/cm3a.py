@@ -38,6 +38,8 @@ def cm3a(
         out(x) = sum_j softmax_j(scale * sum_d q[d](x) * nb(k)[d,j](x)) * nb(v)[d,j](x)
 
     Outside the image k and v are zero and take part in the softmax. The J-fold expansion never exists in memory.
+    On GPUs float32 uses TF32 products only where torch's own setting allows them
+    (`torch.backends.cuda.matmul.fp32_precision`, `torch.set_float32_matmul_precision`).
 
     Args:
         q, k_pan, v_pan, k_ms, v_ms: [B, C, H, W] of one shape, dtype and device, any strides; C = num_heads * D, head h

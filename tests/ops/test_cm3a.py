@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pansharp_fast import reference
-from pansharp_fast.ops import BackendError, cm3a, use_backend
+from pansharp_fast.ops import BackendError, _library, cm3a, use_backend
 from pansharp_fast.ops._backends import candidates, interpreting, unavailable
 from pansharp_fast.ops.cm3a import OPERATOR
 
@@ -360,6 +360,37 @@ def test_triton_takes_empty_batches_and_refuses_float64() -> None:
     assert not results[-1].any()
     with pytest.raises(BackendError, match="dtype: expected one of float32, bfloat16, float16, got float64"):
         cm3a(*(x.double() for x in inputs), num_heads=1, backend="triton")
+
+
+# ---- TF32 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_torch_setting_is_passed_on(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(_library, "call", lambda name, backend, *arguments: seen.append(arguments[-1]))
+    inputs, _ = _case("cpu", (1, 1, 4, 3, 3), 3, True)
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        cm3a(*inputs, num_heads=1, backend="cpu")
+    finally:
+        torch.set_float32_matmul_precision(usual)
+    assert seen == [precision == "high"]
+
+
+@pytest.mark.parametrize("backend", [_parameter("cuda")])
+def test_tf32_where_torch_allows_it(backend: str) -> None:
+    inputs, _ = _case(backend, (1, 2, 16, 17, 33), 3, True)
+    exact = reference.cm3a(*(x.double() for x in inputs), num_heads=2)
+    usual = torch.get_float32_matmul_precision()
+    try:
+        for precision, least, most in (("highest", 0.0, 1e-6), ("high", 1e-5, 1e-3)):
+            torch.set_float32_matmul_precision(precision)
+            out = _forward(backend, inputs, num_heads=2)
+            assert least <= max(_error(got, want) for got, want in zip(out, exact, strict=True)) <= most
+    finally:
+        torch.set_float32_matmul_precision(usual)
 
 
 # ---- As a PyTorch operator -------------------------------------------------------------------------------------------

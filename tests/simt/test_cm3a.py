@@ -148,8 +148,16 @@ def test_unaligned_maps(ops):
         (("kUp<kSplit> * v[2]", "kUp<kSplit> * v[1]", 0), True),
         (("    __syncthreads();\n  };\n", "  };\n", 0), False),
         (("G::J - 1 - (dy * kWindow + dx)", "dy * kWindow + dx", 0), True),
+        (("beside(p + 1, 0)", "beside(p, 0)", 0), True),
     ],
-    ids=["missing barrier", "off by one", "operands of a tile swapped", "missing barrier, shift", "mirrored window"],
+    ids=[
+        "missing barrier",
+        "off by one",
+        "operands of a tile swapped",
+        "missing barrier, shift",
+        "mirrored window",
+        "offset of a weight",
+    ],
 )
 def test_planted_faults_are_noticed(edit, learned):
     """The comparison above fails on a kernel with a fault: its passing means something."""
