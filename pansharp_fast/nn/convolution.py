@@ -115,12 +115,12 @@ def joined(x: Tensor, *others: Tensor) -> Tensor:
 
 def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
     """gelu(linear(x)), the tanh form; at inference on the CPU oneDNN applies it while the product is in cache."""
-    if _ONEDNN and _inference(x) and linear.weight.dtype == x.dtype and not torch.compiler.is_compiling():
+    if _ONEDNN and inference(x) and linear.weight.dtype == x.dtype and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh")
     return F.gelu(linear(x), approximate="tanh")
 
 
-def _inference(x: Tensor) -> bool:
+def inference(x: Tensor) -> bool:
     """Whether faster forms of the same computation may run: on the CPU, for a result alone."""
     return (
         x.device.type == "cpu"
@@ -135,7 +135,7 @@ def _inference(x: Tensor) -> bool:
 def _pays(conv: nn.Conv2d, x: Tensor, outputs: int) -> bool:
     """Whether a 3x3 convolution of x with at least so many outputs goes through `ops.conv3x3`."""
     return (
-        _inference(x)
+        inference(x)
         and x.dtype == conv.weight.dtype
         and conv.in_channels >= _CHANNELS
         and conv.out_channels >= outputs

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import conv3x3, group_norm_factors
 from ..ops._backends import unavailable
-from .convolution import _inference as inference
+from .convolution import inference
 
 #: What a strip of rows may hold of the largest thing in it: memory freed below 32 MiB is used again by the next strip.
 _STRIP_BYTES = 16 << 20
