@@ -1,9 +1,10 @@
-// 3x3 convolutions by Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray, 2016): a quarter of the
-// multiplications.
+// 3x3 convolutions by Winograd's minimal filtering (Lavin and Gray, 2016): F(4x4, 3x3), a quarter of the
+// multiplications, or F(6x6, 3x3), a fifth, whose rounding error is some ten times larger, for images in 16 bits.
 //
-// A block of tiles goes through at once and stays in the second-level cache: patches of 6x6 pixels, normalised and
-// activated on the way in, become 36 numbers a channel; 36 matrix products over channels follow, a panel of outputs at
-// a time; the way back to 4x4 pixels adds bias and residual. Vectors run over channels. All arithmetic is float32.
+// A block of tiles goes through at once and stays in the second-level cache: patches of 6x6 (8x8) pixels, normalised
+// and activated on the way in, become 36 (64) numbers a channel; as many matrix products over channels follow, a panel
+// of outputs at a time; the way back to pixels adds bias and residual. Vectors run over channels. All arithmetic is
+// float32.
 #include "cpu/convolution_kernel.h"
 
 #include "cpu/vector.h"
@@ -15,6 +16,7 @@ using namespace psf::convolution;
 
 constexpr int64_t kLanes = Vector<float>::lanes;
 #define PSF_UNROLL _Pragma("GCC unroll 16")
+constexpr int64_t kRows = 4;  // rows of tiles of a block
 // Tiles and vectors of outputs whose sums stay in registers.
 constexpr int64_t kGroup = kBytes == 64 ? 8 : 4;
 constexpr int64_t kPanelVectors = 2;
@@ -49,7 +51,7 @@ PSF_INLINE Floats silu(Floats x) {
 #endif
 }
 
-// d <- Bᵀ d for six samples: what a patch becomes along one axis.
+// d <- Bᵀ d: what a patch becomes along one axis.
 PSF_INLINE void transform_patch(Floats (&d)[6]) {
   const Floats even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
   const Floats near = d[4] - d[2], far = 2.0f * (d[3] - d[1]);
@@ -61,7 +63,22 @@ PSF_INLINE void transform_patch(Floats (&d)[6]) {
   d[4] = near - far;
 }
 
-// Aᵀ m: six products along one axis become four pixels.
+PSF_INLINE void transform_patch(Floats (&d)[8]) {
+  const Floats first = d[0] - d[6] + 5.25f * (d[4] - d[2]), last = d[7] - d[1] + 5.25f * (d[3] - d[5]);
+  const Floats e1 = d[2] + d[6] - 4.25f * d[4], o1 = d[1] + d[5] - 4.25f * d[3];
+  const Floats e2 = d[6] + 0.25f * d[2] - 1.25f * d[4], o2 = 0.5f * d[1] - 2.5f * d[3] + 2.0f * d[5];
+  const Floats e3 = d[6] + 4.0f * d[2] - 5.0f * d[4], o3 = 2.0f * d[1] - 2.5f * d[3] + 0.5f * d[5];
+  d[0] = first;
+  d[1] = e1 + o1;
+  d[2] = e1 - o1;
+  d[3] = e2 + o2;
+  d[4] = e2 - o2;
+  d[5] = e3 + o3;
+  d[6] = e3 - o3;
+  d[7] = last;
+}
+
+// Aᵀ m: products along one axis become pixels.
 PSF_INLINE void transform_products(const Floats (&m)[6], Floats (&y)[4]) {
   const Floats s1 = m[1] + m[2], d1 = m[1] - m[2], s2 = m[3] + m[4], d2 = m[3] - m[4];
   y[0] = m[0] + s1 + s2;
@@ -70,7 +87,18 @@ PSF_INLINE void transform_products(const Floats (&m)[6], Floats (&y)[4]) {
   y[3] = d1 + 8.0f * d2 + m[5];
 }
 
-// G g: three taps along one axis become six factors.
+PSF_INLINE void transform_products(const Floats (&m)[8], Floats (&y)[6]) {
+  const Floats s1 = m[1] + m[2], d1 = m[1] - m[2], s2 = m[3] + m[4], d2 = m[3] - m[4], s3 = m[5] + m[6],
+               d3 = m[5] - m[6];
+  y[0] = m[0] + s1 + s2 + s3;
+  y[1] = d1 + 2.0f * d2 + 0.5f * d3;
+  y[2] = s1 + 4.0f * s2 + 0.25f * s3;
+  y[3] = d1 + 8.0f * d2 + 0.125f * d3;
+  y[4] = s1 + 16.0f * s2 + 0.0625f * s3;
+  y[5] = d1 + 32.0f * d2 + 0.03125f * d3 + m[7];
+}
+
+// G g: three taps along one axis become factors.
 PSF_INLINE void transform_taps(Floats g0, Floats g1, Floats g2, Floats (&u)[6]) {
   const Floats outer = g0 + g2, spread = g0 + 4.0f * g2;
   u[0] = 0.25f * g0;
@@ -81,16 +109,29 @@ PSF_INLINE void transform_taps(Floats g0, Floats g1, Floats g2, Floats (&u)[6]) 
   u[5] = g2;
 }
 
+PSF_INLINE void transform_taps(Floats g0, Floats g1, Floats g2, Floats (&u)[8]) {
+  const Floats outer = g0 + g2, rising = g0 + 4.0f * g2, falling = 4.0f * g0 + g2;
+  u[0] = g0;
+  u[1] = (outer + g1) * (-2.0f / 9);
+  u[2] = (outer - g1) * (-2.0f / 9);
+  u[3] = (rising + 2.0f * g1) * (1.0f / 90);
+  u[4] = (rising - 2.0f * g1) * (1.0f / 90);
+  u[5] = (falling + 2.0f * g1) * (8.0f / 45);
+  u[6] = (falling - 2.0f * g1) * (8.0f / 45);
+  u[7] = g2;
+}
+
 // Where a block lies: its image, first pixel and number of tiles.
 struct Block {
   int64_t image, y, x, rows, columns;
   Block(const Call& call, const Plan& plan, int64_t task) {
     const int64_t blocks = plan.blocks_down * plan.blocks_across;
     image = task / blocks;
-    y = task % blocks / plan.blocks_across * kRows * kTile;
-    x = task % blocks % plan.blocks_across * plan.columns * kTile;
-    rows = smaller(kRows, (call.height - y + kTile - 1) / kTile);
-    columns = smaller(plan.columns, (call.width - x + kTile - 1) / kTile);
+    const int64_t tile = plan.tile;
+    y = task % blocks / plan.blocks_across * kRows * tile;
+    x = task % blocks % plan.blocks_across * plan.columns * tile;
+    rows = smaller(kRows, (call.height - y + tile - 1) / tile);
+    columns = smaller(plan.columns, (call.width - x + tile - 1) / tile);
   }
   int64_t tiles() const { return rows * columns; }
 };
@@ -98,26 +139,27 @@ struct Block {
 // Scratch memory of a thread.
 struct Scratch {
   float *pixels, *patches, *products;
-  int64_t patch_step, product_step;  // from one of the 36 to the next
+  int64_t patch_step, product_step;  // from one of the 36 or 64 to the next
 };
 
-// Six rows of pixels, each [vectors of channels][pixels of a block's row][lanes].
-int64_t line_size(const Plan& plan) { return plan.row * (plan.columns * kTile + 2); }
+// A row of pixels, [vectors of channels][pixels of a block's row][lanes].
+int64_t line_size(const Plan& plan) { return plan.row * (plan.columns * plan.tile + 2); }
+int64_t products_of(const Plan& plan) { return (plan.tile + 2) * (plan.tile + 2); }
 int64_t groups(const Plan& plan) { return (kRows * plan.columns + kGroup - 1) / kGroup * kGroup; }
 
 Scratch scratch_of(const Plan& plan, float* memory) {
-  // A cache line more than a power of two: the 36 lines that a tile writes must not share one set of the cache.
+  // A cache line more than a power of two: the lines that a tile writes must not share one set of the cache.
   Scratch s;
   s.patch_step = groups(plan) * plan.row + 16;
   s.product_step = groups(plan) * kPanel + 16;
   s.pixels = memory;
-  s.patches = s.pixels + kPatch * line_size(plan);
-  s.products = s.patches + kProducts * s.patch_step;
+  s.patches = s.pixels + (plan.tile + 2) * line_size(plan);
+  s.products = s.patches + products_of(plan) * s.patch_step;
   return s;
 }
 
 // Row y of the image, where the block sees it: all channels, normalised and activated, zero outside.
-template <class T>
+template <int64_t kTile, class T>
 void load_line(const Call& call, const Block& at, int64_t y, float* line) {
   const int64_t columns = at.columns * kTile + 2;
   const bool inside = y >= 0 && y < call.height;
@@ -144,31 +186,38 @@ void load_line(const Call& call, const Block& at, int64_t y, float* line) {
   }
 }
 
-// The 36 numbers of every tile of one row of tiles, one vector of channels.
-PSF_INLINE void transform_pixels(const float* const (&lines)[kPatch], int64_t tiles, int64_t row, int64_t step,
+// The numbers of every tile of one row of tiles, one vector of channels.
+template <int64_t kTile>
+PSF_INLINE void transform_pixels(const float* const (&lines)[kTile + 2], int64_t tiles, int64_t row, int64_t step,
                                  float* patches) {
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    Floats rows[6][6];
-    PSF_UNROLL for (int64_t j = 0; j < 6; ++j) {
-      Floats column[6];
-      PSF_UNROLL for (int64_t i = 0; i < 6; ++i) column[i] = load(lines[i] + (tile * kTile + j) * kLanes);
+    constexpr int64_t kPatch = kTile + 2;
+    Floats rows[kPatch][kPatch];
+    PSF_UNROLL for (int64_t j = 0; j < kPatch; ++j) {
+      Floats column[kPatch];
+      PSF_UNROLL for (int64_t i = 0; i < kPatch; ++i) column[i] = load(lines[i] + (tile * kTile + j) * kLanes);
       transform_patch(column);
-      PSF_UNROLL for (int64_t i = 0; i < 6; ++i) rows[i][j] = column[i];
+      PSF_UNROLL for (int64_t i = 0; i < kPatch; ++i) rows[i][j] = column[i];
     }
     float* out = patches + tile * row;
-    PSF_UNROLL for (int64_t i = 0; i < 6; ++i) {
+    PSF_UNROLL for (int64_t i = 0; i < kPatch; ++i) {
       transform_patch(rows[i]);
-      PSF_UNROLL for (int64_t j = 0; j < 6; ++j) store(out + (i * 6 + j) * step, rows[i][j]);
+      PSF_UNROLL for (int64_t j = 0; j < kPatch; ++j) store(out + (i * kPatch + j) * step, rows[i][j]);
     }
   }
 }
 
-// products [kGroup, kPanel] = patches [kGroup, channels] weight [channels, kPanel].
+// products [kGroup, kPanel] = patches [kGroup, channels] weight [channels, kPanel]; kAhead: fetch the weight of the
+// next product, which comes from the third-level cache.
+template <bool kAhead>
 PSF_INLINE void multiply(const float* patches, int64_t row, const float* weight, int64_t channels, float* products) {
   Floats sum[kGroup][kPanelVectors] = {};
   for (int64_t c = 0; c < channels; ++c) {
     Floats w[kPanelVectors];
-    PSF_UNROLL for (int64_t v = 0; v < kPanelVectors; ++v) w[v] = load(weight + c * kPanel + v * kLanes);
+    PSF_UNROLL for (int64_t v = 0; v < kPanelVectors; ++v) {
+      w[v] = load(weight + c * kPanel + v * kLanes);
+      if (kAhead) __builtin_prefetch(weight + (channels + c) * kPanel + v * kLanes, 0, 2);
+    }
     PSF_UNROLL for (int64_t t = 0; t < kGroup; ++t) {
       const float value = patches[t * row + c];
       PSF_UNROLL for (int64_t v = 0; v < kPanelVectors; ++v) sum[t][v] += value * w[v];
@@ -179,12 +228,13 @@ PSF_INLINE void multiply(const float* patches, int64_t row, const float* weight,
 }
 
 // Pixels of one panel of outputs from `o`, all tiles.
-template <class T>
+template <int64_t kTile, class T>
 void store_pixels(const Call& call, const Block& at, int64_t o, int64_t step, const float* products) {
   T* out = static_cast<T*>(call.y.data) + at.image * call.y.image + o;
   const T* residual = static_cast<const T*>(call.residual.data);
   if (residual != nullptr) residual += at.image * call.residual.image + o;
   const float* bias = call.bias == nullptr ? nullptr : call.bias + at.image * call.bias_image + o;
+  constexpr int64_t kPatch = kTile + 2;
   const int64_t vectors = smaller(kPanelVectors, (call.outputs - o + kLanes - 1) / kLanes);
   for (int64_t tile = 0; tile < at.tiles(); ++tile) {
     const int64_t y = at.y + tile / at.columns * kTile, x = at.x + tile % at.columns * kTile;
@@ -198,18 +248,18 @@ void store_pixels(const Call& call, const Block& at, int64_t o, int64_t step, co
       const int64_t count = call.outputs - o - v * kLanes;
       const Floats add = bias != nullptr ? load_some(bias + v * kLanes, count) : Floats{};
       const float* in = products + tile * kPanel + v * kLanes;
-      Floats half[6][4];
-      PSF_UNROLL for (int64_t i = 0; i < 6; ++i) {
-        Floats m[6];
-        PSF_UNROLL for (int64_t j = 0; j < 6; ++j) m[j] = load(in + (i * 6 + j) * step);
+      Floats half[kPatch][kTile];
+      PSF_UNROLL for (int64_t i = 0; i < kPatch; ++i) {
+        Floats m[kPatch];
+        PSF_UNROLL for (int64_t j = 0; j < kPatch; ++j) m[j] = load(in + (i * kPatch + j) * step);
         transform_products(m, half[i]);
       }
-      Floats pixels[4][4];
-      PSF_UNROLL for (int64_t j = 0; j < 4; ++j) {
-        Floats m[6], result[4];
-        PSF_UNROLL for (int64_t i = 0; i < 6; ++i) m[i] = half[i][j];
+      Floats pixels[kTile][kTile];
+      PSF_UNROLL for (int64_t j = 0; j < kTile; ++j) {
+        Floats m[kPatch], result[kTile];
+        PSF_UNROLL for (int64_t i = 0; i < kPatch; ++i) m[i] = half[i][j];
         transform_products(m, result);
-        PSF_UNROLL for (int64_t i = 0; i < 4; ++i) pixels[i][j] = result[i];
+        PSF_UNROLL for (int64_t i = 0; i < kTile; ++i) pixels[i][j] = result[i];
       }
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j) {
@@ -227,19 +277,20 @@ void store_pixels(const Call& call, const Block& at, int64_t o, int64_t step, co
   }
 }
 
-template <class T>
+template <int64_t kTile, class T>
 void run_block(const Call& call, const Plan& plan, int64_t task, float* memory) {
+  constexpr int64_t kPatch = kTile + 2, kProducts = kPatch * kPatch;
   const Block at(call, plan, task);
   const Scratch s = scratch_of(plan, memory);
   const int64_t size = line_size(plan), columns = at.columns * kTile + 2;
   for (int64_t row = 0; row < at.rows; ++row) {
-    // Two of the six rows are there from the row of tiles above.
+    // Two of the rows are there from the row of tiles above.
     for (int64_t i = row == 0 ? 0 : 2; i < kPatch; ++i)
-      load_line<T>(call, at, at.y + row * kTile + i - 1, s.pixels + (row * kTile + i) % kPatch * size);
+      load_line<kTile, T>(call, at, at.y + row * kTile + i - 1, s.pixels + (row * kTile + i) % kPatch * size);
     for (int64_t c = 0; c < call.channels; c += kLanes) {
       const float* lines[kPatch];
       for (int64_t i = 0; i < kPatch; ++i) lines[i] = s.pixels + (row * kTile + i) % kPatch * size + c * columns;
-      transform_pixels(lines, at.columns, plan.row, s.patch_step, s.patches + row * at.columns * plan.row + c);
+      transform_pixels<kTile>(lines, at.columns, plan.row, s.patch_step, s.patches + row * at.columns * plan.row + c);
     }
   }
   for (int64_t tile = at.tiles(); tile % kGroup != 0; ++tile)
@@ -250,17 +301,18 @@ void run_block(const Call& call, const Plan& plan, int64_t task, float* memory) 
     const float* weight = call.weight + panel * plan.panel_weights;
     for (int64_t product = 0; product < kProducts; ++product)
       for (int64_t tile = 0; tile < at.tiles(); tile += kGroup)
-        multiply(s.patches + product * s.patch_step + tile * plan.row, plan.row,
-                 weight + product * call.channels * kPanel, call.channels,
-                 s.products + product * s.product_step + tile * kPanel);
-    store_pixels<T>(call, at, panel * kPanel, s.product_step, s.products);
+        (tile == 0 ? multiply<true> : multiply<false>)(s.patches + product * s.patch_step + tile * plan.row, plan.row,
+                                                       weight + product * call.channels * kPanel, call.channels,
+                                                       s.products + product * s.product_step + tile * kPanel);
+    store_pixels<kTile, T>(call, at, panel * kPanel, s.product_step, s.products);
   }
   if (call.stream) end_of_streams();
 }
 
-template <class T>
+template <int64_t kTile, class T>
 void weight_panel(const Call& call, const Plan& plan, const T* weight, const int64_t (&strides)[4], int64_t panel,
                   float* result) {
+  constexpr int64_t kPatch = kTile + 2;
   for (int64_t c = 0; c < call.channels; ++c)
     for (int64_t v = 0; v < kPanelVectors; ++v) {
       const int64_t o = panel * kPanel + v * kLanes, count = smaller(kLanes, call.outputs - o);
@@ -270,13 +322,14 @@ void weight_panel(const Call& call, const Plan& plan, const T* weight, const int
         for (int64_t i = 0; i < 3; ++i)
           for (int64_t j = 0; j < 3; ++j) taps[i][j][lane] = load_one(kernel + i * strides[2] + j * strides[3]);
       }
-      Floats half[3][6];
+      Floats half[3][kPatch];
       for (int64_t j = 0; j < 3; ++j) transform_taps(taps[0][j], taps[1][j], taps[2][j], half[j]);
-      for (int64_t i = 0; i < 6; ++i) {
-        Floats u[6];
+      for (int64_t i = 0; i < kPatch; ++i) {
+        Floats u[kPatch];
         transform_taps(half[0][i], half[1][i], half[2][i], u);
-        for (int64_t j = 0; j < 6; ++j)
-          store(result + panel * plan.panel_weights + ((i * 6 + j) * call.channels + c) * kPanel + v * kLanes, u[j]);
+        for (int64_t j = 0; j < kPatch; ++j)
+          store(result + panel * plan.panel_weights + ((i * kPatch + j) * call.channels + c) * kPanel + v * kLanes,
+                u[j]);
       }
     }
 }
@@ -343,30 +396,44 @@ void by_element(Element element, Body body) {
 
 Plan winograd_plan(const Call& call) {
   Plan plan{};
-  const int64_t down = (call.height + kTile - 1) / kTile, across = (call.width + kTile - 1) / kTile;
+  const auto tiles = [&](int64_t tile) { return ((call.height + tile - 1) / tile) * ((call.width + tile - 1) / tile); };
+  // Larger tiles where 16 bits hide their rounding errors, and neither the weight nor the border costs what they save.
+  plan.tile =
+      call.element != Element::f32 && call.height * call.width >= 96 * 96 && 64 * tiles(6) < 34 * tiles(4) ? 6 : 4;
+  const int64_t down = (call.height + plan.tile - 1) / plan.tile, across = (call.width + plan.tile - 1) / plan.tile;
   // Patches and products of a block should fit the second-level cache.
-  plan.columns = smaller(across, call.channels <= 192 ? kMostColumns : kMostColumns / 2);
+  const bool wide = call.channels > 192;
+  plan.columns = smaller(across, plan.tile == 4 ? (wide ? 4 : 8) : (wide ? 4 : 6));
   plan.blocks_down = (down + kRows - 1) / kRows;
   plan.blocks_across = (across + plan.columns - 1) / plan.columns;
   plan.panel = kPanel;
   plan.panels = (call.outputs + kPanel - 1) / kPanel;
   plan.row = (call.channels + kLanes - 1) / kLanes * kLanes;
-  plan.panel_weights = kProducts * call.channels * kPanel;
+  plan.panel_weights = products_of(plan) * call.channels * kPanel;
   plan.weights = plan.panels * plan.panel_weights;
   const Scratch s = scratch_of(plan, nullptr);
-  plan.scratch = kPatch * line_size(plan) + kProducts * (s.patch_step + s.product_step);
+  plan.scratch = (plan.tile + 2) * line_size(plan) + products_of(plan) * (s.patch_step + s.product_step);
   return plan;
 }
 
 void winograd_weight(const Call& call, const Plan& plan, Element element, const void* weight,
                      const int64_t (&strides)[4], int64_t panel, float* result) {
   by_element(element, [&](auto type) {
-    weight_panel(call, plan, static_cast<const decltype(type)*>(weight), strides, panel, result);
+    const auto* values = static_cast<const decltype(type)*>(weight);
+    if (plan.tile == 4)
+      weight_panel<4>(call, plan, values, strides, panel, result);
+    else
+      weight_panel<6>(call, plan, values, strides, panel, result);
   });
 }
 
 void winograd_block(const Call& call, const Plan& plan, int64_t task, float* scratch) {
-  by_element(call.element, [&](auto type) { run_block<decltype(type)>(call, plan, task, scratch); });
+  by_element(call.element, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (sizeof(T) == 2)
+      if (plan.tile == 6) return run_block<6, T>(call, plan, task, scratch);
+    run_block<4, T>(call, plan, task, scratch);
+  });
 }
 
 void channel_sums(const Call& call, const void* image, int64_t begin, int64_t end, double* sums) {

@@ -1,4 +1,5 @@
-// What convolution_op.cpp prepares and convolution_kernel.cpp runs: 3x3 convolutions as Winograd's F(4x4, 3x3).
+// What convolution_op.cpp prepares and convolution_kernel.cpp runs: 3x3 convolutions as Winograd's F(4x4, 3x3) or
+// F(6x6, 3x3).
 #pragma once
 
 #include <cstdint>
@@ -8,11 +9,6 @@
 
 namespace psf::convolution {
 
-constexpr int64_t kTile = 4;                    // pixels of the result a tile has in each direction
-constexpr int64_t kPatch = kTile + 2;           // pixels of x that it sees
-constexpr int64_t kProducts = kPatch * kPatch;  // matrix products
-constexpr int64_t kRows = 4, kMostColumns = 8;  // tiles of a block
-constexpr int64_t kMostTiles = kRows * kMostColumns;
 constexpr int64_t kChunk = 256;  // pixels whose moments are summed in float32
 
 // [B, channels, H, W] with adjacent channels; strides in elements.
@@ -36,6 +32,7 @@ struct Call {
 
 // How images are cut into blocks of tiles, and the memory that takes, in floats.
 struct Plan {
+  int64_t tile;     // 4 or 6: pixels of the result that a tile has in each direction
   int64_t columns;  // tiles of a block along a row
   int64_t blocks_down, blocks_across;
   int64_t panel;  // outputs that are worked on at once
@@ -50,7 +47,7 @@ struct Plan {
 
 namespace psf {
 PSF_DECLARE(convolution::Plan, winograd_plan, const convolution::Call& call)
-// One panel of the transformed weight: [panels][kProducts][channels][panel]; strides of weight [outputs,
+// One panel of the transformed weight: [panels][(tile + 2)²][channels][panel]; strides of weight [outputs,
 // channels, 3, 3] in elements.
 PSF_DECLARE(void, winograd_weight, const convolution::Call& call, const convolution::Plan& plan, Element element,
             const void* weight, const int64_t (&strides)[4], int64_t panel, float* result)

@@ -25,9 +25,9 @@ def conv3x3(
 ) -> Tensor:
     """conv(act(scale·x + shift)) + bias + residual: stride 1, a border of one zero around what is convolved.
 
-    The CPU kernel is Winograd's F(4x4, 3x3) (Lavin and Gray, CVPR 2016): a quarter of the multiplications, in float32
-    for every dtype, with a rounding error of some 1e-6 of the largest value. It is for inference: where a gradient is
-    wanted the reference runs.
+    The CPU kernel is Winograd's F(4x4, 3x3) (Lavin and Gray, CVPR 2016), a quarter of the multiplications, with a
+    rounding error of some 1e-6 of the largest value; large images in 16 bits take F(6x6, 3x3). It computes in float32
+    whatever the dtype. It is for inference: where a gradient is wanted the reference runs.
 
     Args:
         x: [B, C, H, W], float32, bfloat16, float16 or (reference only) float64; the kernel wants channels_last and

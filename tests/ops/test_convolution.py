@@ -52,7 +52,16 @@ def error(actual, expected):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    "sizes", [(1, 32, 32, 16, 16), (2, 17, 40, 37, 21), (1, 200, 8, 5, 33), (3, 1, 1, 1, 1), (1, 48, 129, 4, 70)]
+    "sizes",
+    [
+        (1, 32, 32, 16, 16),
+        (2, 17, 40, 37, 21),
+        (1, 200, 8, 5, 33),
+        (3, 1, 1, 1, 1),
+        (1, 48, 129, 4, 70),
+        (2, 24, 37, 102, 119),  # 16 bits: tiles of 6x6
+        (1, 200, 9, 97, 96),
+    ],
 )
 def test_values(sizes, dtype):
     x, weight, options = case(*sizes, dtype)
@@ -108,6 +117,13 @@ def test_results_do_not_depend_on_threads_or_on_the_batch():
     assert torch.equal(conv3x3(x[1:2], weight, **one, backend="cpu"), expected[1:2])
 
 
+def test_larger_tiles_round_no_worse_than_the_result():
+    x, weight, _ = case(1, 128, 32, 108, 108, torch.float16)
+    expected = exact(x, weight, {})
+    rounding = error(expected.half(), expected)
+    assert error(conv3x3(x, weight, backend="cpu"), expected) < 1.05 * rounding
+
+
 def test_extreme_values_travel():
     x, weight, options = case(1, 16, 16, 24, 24)
     x[0, 3, 10, 10] = float("nan")
@@ -160,7 +176,7 @@ def test_opcheck_and_compile():
 def test_older_instruction_sets(capability):
     code = (
         "from tests.ops.test_convolution import *\n"
-        "for sizes in [(1, 32, 32, 16, 16), (2, 17, 40, 37, 21)]:\n"
+        "for sizes in [(1, 32, 32, 16, 16), (2, 17, 40, 37, 21), (1, 9, 20, 101, 100)]:\n"
         "    for dtype in TOLERANCE:\n"
         "        x, weight, options = case(*sizes, dtype)\n"
         "        actual = conv3x3(x, weight, **options, backend='cpu')\n"
