@@ -309,29 +309,30 @@ void run_block(const Call& call, const Plan& plan, int64_t task, float* memory) 
   if (call.stream) end_of_streams();
 }
 
+// taps: scratch memory [9][channels][kPanel].
 template <int64_t kTile, class T>
 void weight_panel(const Call& call, const Plan& plan, const T* weight, const int64_t (&strides)[4], int64_t panel,
-                  float* result) {
+                  float* taps, float* result) {
   constexpr int64_t kPatch = kTile + 2;
-  for (int64_t c = 0; c < call.channels; ++c)
-    for (int64_t v = 0; v < kPanelVectors; ++v) {
-      const int64_t o = panel * kPanel + v * kLanes, count = smaller(kLanes, call.outputs - o);
-      Floats taps[3][3] = {};
-      for (int64_t lane = 0; lane < count; ++lane) {
-        const T* kernel = weight + (o + lane) * strides[0] + c * strides[1];
-        for (int64_t i = 0; i < 3; ++i)
-          for (int64_t j = 0; j < 3; ++j) taps[i][j][lane] = load_one(kernel + i * strides[2] + j * strides[3]);
-      }
-      Floats half[3][kPatch];
-      for (int64_t j = 0; j < 3; ++j) transform_taps(taps[0][j], taps[1][j], taps[2][j], half[j]);
-      for (int64_t i = 0; i < kPatch; ++i) {
-        Floats u[kPatch];
-        transform_taps(half[0][i], half[1][i], half[2][i], u);
-        for (int64_t j = 0; j < kPatch; ++j)
-          store(result + panel * plan.panel_weights + ((i * kPatch + j) * call.channels + c) * kPanel + v * kLanes,
-                u[j]);
-      }
+  const int64_t first = panel * kPanel, size = call.channels * kPanel;
+  for (int64_t o = 0; o < kPanel; ++o)
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      const T* from = weight + (first + o) * strides[0] + tap / 3 * strides[2] + tap % 3 * strides[3];
+      for (int64_t c = 0; c < call.channels; ++c)
+        taps[tap * size + c * kPanel + o] = first + o < call.outputs ? load_one(from + c * strides[1]) : 0.0f;
     }
+  result += panel * plan.panel_weights;
+  for (int64_t at = 0; at < size; at += kLanes) {
+    Floats half[3][kPatch];
+    for (int64_t j = 0; j < 3; ++j)
+      transform_taps(load(taps + j * size + at), load(taps + (3 + j) * size + at), load(taps + (6 + j) * size + at),
+                     half[j]);
+    for (int64_t i = 0; i < kPatch; ++i) {
+      Floats u[kPatch];
+      transform_taps(half[0][i], half[1][i], half[2][i], u);
+      for (int64_t j = 0; j < kPatch; ++j) store(result + (i * kPatch + j) * size + at, u[j]);
+    }
+  }
 }
 
 // Pixels first..last of an image, counted along its rows, as runs that lie in one row: body(first pixel, how many).
@@ -417,13 +418,13 @@ Plan winograd_plan(const Call& call) {
 }
 
 void winograd_weight(const Call& call, const Plan& plan, Element element, const void* weight,
-                     const int64_t (&strides)[4], int64_t panel, float* result) {
+                     const int64_t (&strides)[4], int64_t panel, float* scratch, float* result) {
   by_element(element, [&](auto type) {
     const auto* values = static_cast<const decltype(type)*>(weight);
     if (plan.tile == 4)
-      weight_panel<4>(call, plan, values, strides, panel, result);
+      weight_panel<4>(call, plan, values, strides, panel, scratch, result);
     else
-      weight_panel<6>(call, plan, values, strides, panel, result);
+      weight_panel<6>(call, plan, values, strides, panel, scratch, result);
   });
 }
 

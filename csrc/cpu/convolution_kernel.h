@@ -48,9 +48,9 @@ struct Plan {
 namespace psf {
 PSF_DECLARE(convolution::Plan, winograd_plan, const convolution::Call& call)
 // One panel of the transformed weight: [panels][(tile + 2)²][channels][panel]; strides of weight [outputs,
-// channels, 3, 3] in elements.
+// channels, 3, 3] in elements; scratch: 9 * channels * panel floats.
 PSF_DECLARE(void, winograd_weight, const convolution::Call& call, const convolution::Plan& plan, Element element,
-            const void* weight, const int64_t (&strides)[4], int64_t panel, float* result)
+            const void* weight, const int64_t (&strides)[4], int64_t panel, float* scratch, float* result)
 // Block `task` of blocks_down * blocks_across an image.
 PSF_DECLARE(void, winograd_block, const convolution::Call& call, const convolution::Plan& plan, int64_t task,
             float* scratch)

@@ -84,8 +84,10 @@ Tensor conv3x3_fwd(const Tensor& image, const Tensor& weight, const std::optiona
   STD_TORCH_CHECK(element != Element::f64, "weight: expected float32, bfloat16 or float16");
   const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
   for_tasks(plan.panels, [&](const auto& next) {
+    const AlignedBuffer<float> scratch(9 * channels * plan.panel);
     for (int64_t panel = next(); panel >= 0; panel = next())
-      PSF_DISPATCH(winograd_weight, call, plan, element, weight.const_data_ptr(), strides, panel, packed.get());
+      PSF_DISPATCH(winograd_weight, call, plan, element, weight.const_data_ptr(), strides, panel, scratch.get(),
+                   packed.get());
   });
   for_tasks(batch * plan.blocks_down * plan.blocks_across, [&](const auto& next) {
     const AlignedBuffer<float> scratch(plan.scratch);

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from .. import ops
 from ..ops._backends import requested
 
-#: From these sizes on Winograd's fewer multiplications outweigh its transforms (16 bits: against wider products); with
-#: norm, activation and residual in the same pass fewer outputs suffice.
-_CHANNELS, _FUSED_OUTPUTS = 24, 8
-_PIXELS = {torch.float32: 32 * 32, torch.bfloat16: 64 * 64, torch.float16: 64 * 64}
+#: From these sizes on Winograd's fewer multiplications outweigh its transforms; with norm, activation and residual in
+#: the same pass fewer outputs suffice.
+_CHANNELS, _FUSED_OUTPUTS, _PIXELS = 24, 8, 32 * 32
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -124,7 +124,7 @@ def inference(x: Tensor) -> bool:
     """Whether faster forms of the same computation may run: on the CPU, for a result alone."""
     return (
         x.device.type == "cpu"
-        and x.dtype in _PIXELS
+        and x.dtype in _DTYPES
         and x.numel() > 0
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
@@ -139,5 +139,5 @@ def _pays(conv: nn.Conv2d, x: Tensor, outputs: int) -> bool:
         and x.dtype == conv.weight.dtype
         and conv.in_channels >= _CHANNELS
         and conv.out_channels >= outputs
-        and x.shape[-2] * x.shape[-1] >= _PIXELS[x.dtype]
+        and x.shape[-2] * x.shape[-1] >= _PIXELS
     )
