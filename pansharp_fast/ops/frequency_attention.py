@@ -122,11 +122,14 @@ class _Input:
         self.x = x if in_order else x.contiguous()
         self.passes = passes
         self.inverse = passes.frequency_attention_inverse_norm(self.x) if normalize else None
+        # The transform's own factor rides on this one: alone it is a pass of its own over the spectrum.
+        self.factor = None if self.inverse is None else self.inverse * _orthonormal(x)
 
     def spectrum(self, images: slice, channels: slice) -> Tensor:
         chunk = self.x[images, channels]
-        chunk = chunk.to(_dtype(chunk)) if self.inverse is None else chunk * self.inverse[images]
-        return _spectrum(chunk)
+        if self.factor is None:
+            return _spectrum(chunk.to(_dtype(chunk)))
+        return _spectrum(chunk * self.factor[images], norm="backward")
 
     def gradient(self, grad: Tensor) -> Tensor:
         """Gradient of x from that of its normalised form, which it overwrites."""
@@ -135,17 +138,30 @@ class _Input:
         return grad.to(self.x.dtype)
 
 
-def _spectrum(x: Tensor) -> Tensor:
-    return torch.view_as_real(torch.fft.rfft2(x, norm="ortho").contiguous())
+def _orthonormal(x: Tensor) -> float:
+    """The factor that makes `torch.fft.rfft2` of an image orthonormal."""
+    return float((x.shape[-2] * x.shape[-1]) ** -0.5)
 
 
-def _invert(passes: Any, spectrum: Tensor, out: Tensor) -> None:
-    """irfft2 of a spectrum into `out` [B, C, H, W], a slice of a contiguous tensor."""
-    if passes is torch.ops.pansharp_fast and out.device.type == "cpu":
+def _spectrum(x: Tensor, norm: str = "ortho") -> Tensor:
+    return torch.view_as_real(torch.fft.rfft2(x, norm=norm).contiguous())
+
+
+def _by_hartley(passes: Any, x: Tensor) -> bool:
+    """Whether `_invert` goes the compiled way."""
+    return passes is torch.ops.pansharp_fast and x.device.type == "cpu"
+
+
+def _invert(passes: Any, spectrum: Tensor, out: Tensor, norm: str = "ortho") -> None:
+    """irfft2 of a spectrum into `out` [B, C, H, W], a slice of a contiguous tensor.
+
+    norm: "backward" where `_by_hartley` and the spectrum has the factor in it already.
+    """
+    if _by_hartley(passes, out):
         plane = out.new_empty(out.shape, dtype=spectrum.dtype)
         passes.frequency_attention_hartley(spectrum, plane)
         same = out.dtype == plane.dtype
-        passes.frequency_attention_hartley(_spectrum(plane), out if same else plane)
+        passes.frequency_attention_hartley(_spectrum(plane, norm), out if same else plane)
         if not same:
             out.copy_(plane)
     else:
@@ -167,9 +183,13 @@ def _forward(
         )
         part = torch.softmax(gram.mul_(scale), dim=-1).to(attention.dtype)
         attention[images, heads] = part
-        spectrum = value.spectrum(images, channels)
+        spectrum, norm = value.spectrum(images, channels), "ortho"
+        if _by_hartley(passes, q):
+            # The inverse transform's factor rides on the amplitudes' attention.
+            norm = "backward"
+            part = torch.stack([part[:, :, 0] * _orthonormal(q), part[:, :, 1]], 2)
         passes.frequency_attention_apply(spectrum, part, count, width)
-        _invert(passes, spectrum, out[images, channels])
+        _invert(passes, spectrum, out[images, channels], norm)
     return out, attention
 
 
