@@ -78,7 +78,7 @@ def markdown(operator: str, report: dict[str, Any]) -> str:
     lines = [
         f"# {operator} on {report['device']}",
         "",
-        f"torch {report['torch']}. Times are medians in ms, the columns of a case called in turn; the factor is "
+        f"torch {report['torch']}. Times are medians in ms, the columns of a case measured in turn; the factor is "
         "against the first column; MB is the peak of memory beyond the inputs; copy and matrix are shares of the rates "
         "that a plain copy and a plain matrix product reached in the same run (bytes and operations are counted, not "
         "measured). Every column agreed with the first one before it was timed.",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..ops._backends import requested
+from ..ops._backends import requested, unavailable
 
 #: From these sizes on Winograd's fewer multiplications outweigh its transforms; with norm, activation and residual in
 #: the same pass fewer outputs suffice.
@@ -129,6 +129,7 @@ def inference(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and requested()[0] in ("auto", "cpu")
+        and unavailable("cpu") is None
     )
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import conv3x3, group_norm_factors
-from ..ops._backends import unavailable
 from .convolution import inference
 
 #: What a strip of rows may hold of the largest thing in it: memory freed below 32 MiB is used again by the next strip.
@@ -21,13 +20,7 @@ _STRIP_BYTES = 16 << 20
 
 def fused(module: nn.Module, x: Tensor) -> bool:
     """Whether a module may compute this way for x."""
-    return (
-        inference(x)
-        and x.dtype == torch.float32
-        and not module.training
-        and not torch.compiler.is_compiling()
-        and unavailable("cpu") is None
-    )
+    return inference(x) and x.dtype == torch.float32 and not module.training and not torch.compiler.is_compiling()
 
 
 def conv_silu_conv(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
