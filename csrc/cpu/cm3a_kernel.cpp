@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "cpu/convert.h"
+#include "cpu/exponential.h"
 #include "math/cm3a.h"
 
 #if defined(__AVX512F__)
@@ -83,22 +84,7 @@ inline void transpose(Vector<T> (&rows)[kLanes<T>]) {
   }
 }
 
-// exp for arguments <= 0, good to 1 ulp; below the smallest normal number 0.
-inline Vector<float> exponential(Vector<float> x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const Vector<float> shifted = x * 1.44269504088896341f + magic;
-  const Vector<float> n = shifted - magic;
-  const Vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vector<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  const IntVector exponent = (reinterpret_cast<IntVector>(shifted) - 0x4b400000 + 127) << 23;
-  const Vector<float> result = p * reinterpret_cast<Vector<float>>(exponent);
-  return x < -87.0f ? Vector<float>{} : result;
-}
+inline Vector<float> exponential(Vector<float> x) { return exponential_of<Vector<float>, IntVector>(x); }
 
 inline Vector<double> exponential(Vector<double> x) {
   for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);

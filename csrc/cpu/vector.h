@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cpu/exponential.h"
+
 #ifdef PSF_X86
 #include <immintrin.h>  // conversion of float16; masked forms, as GCC 12 warns of the others
 #endif
@@ -118,22 +120,7 @@ PSF_INLINE void store_one(BFloat16* p, float v) {
   p->bits = static_cast<uint16_t>(v != v ? 0x7fc0u : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// exp for arguments <= 0, good to 1 ulp; below the smallest normal number 0.
-PSF_INLINE Floats exponential(Floats x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const Floats shifted = x * 1.44269504088896341f + magic;
-  const Floats n = shifted - magic;
-  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  const Int32s exponent = (reinterpret_cast<Int32s>(shifted) - 0x4b400000 + 127) << 23;
-  const Floats result = p * reinterpret_cast<Floats>(exponent);
-  return x < -87.0f ? Floats{} : result;
-}
+PSF_INLINE Floats exponential(Floats x) { return exponential_of<Floats, Int32s>(x); }
 
 }  // namespace
 }  // namespace psf::PSF_CAPABILITY
