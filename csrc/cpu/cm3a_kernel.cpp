@@ -8,17 +8,9 @@
 
 #include <type_traits>
 
-#include "cpu/convert.h"
-#include "cpu/exponential.h"
+#include "cpu/vector.h"
 #include "math/cm3a.h"
 
-#if defined(__AVX512F__)
-#define PSF_VECTOR_BYTES 64
-#elif defined(__AVX__)
-#define PSF_VECTOR_BYTES 32
-#else
-#define PSF_VECTOR_BYTES 16
-#endif
 #define PSF_UNROLL _Pragma("GCC unroll 32")
 
 namespace psf::PSF_CAPABILITY {
@@ -29,41 +21,24 @@ using cm3a::Map;
 using cm3a::Tiling;
 
 template <typename T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(PSF_VECTOR_BYTES)));
-};
+using VectorOf = typename Vector<T>::type;
 template <typename T>
-using Vector = typename VectorOf<T>::type;
-using IntVector = VectorOf<int32_t>::type;
-template <typename T>
-constexpr int64_t kLanes = PSF_VECTOR_BYTES / sizeof(T);
+constexpr int64_t kLanes = Vector<T>::lanes;
 // Vectors of pixels in flight: as many accumulators as fit the registers (32 with AVX-512, 16 otherwise).
-constexpr bool kManyRegisters = PSF_VECTOR_BYTES == 64;
+constexpr bool kManyRegisters = kBytes == 64;
 constexpr int64_t kMostVectors = 2;
-
-template <typename T>
-inline Vector<T> load(const T* from) {
-  Vector<T> value;
-  __builtin_memcpy(&value, from, sizeof value);
-  return value;
-}
-
-template <typename T>
-inline void store(T* to, Vector<T> value) {
-  __builtin_memcpy(to, &value, sizeof value);
-}
 
 // Lane l of the result is lane index(l) of a and b side by side.
 template <typename T, typename Index>
-inline Vector<T> shuffle(Vector<T> a, Vector<T> b, Index index) {
+inline VectorOf<T> shuffle(VectorOf<T> a, VectorOf<T> b, Index index) {
   using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  Vector<Lane> picked;
+  VectorOf<Lane> picked;
   PSF_UNROLL for (Lane l = 0; l < kLanes<T>; ++l) picked[l] = index(l);
   return __builtin_shuffle(a, b, picked);
 }
 
 template <typename T>
-inline T sum_of(Vector<T> value) {
+inline T sum_of(VectorOf<T> value) {
   PSF_UNROLL for (int64_t step = kLanes<T> / 2; step > 0; step /= 2) {
     value += shuffle<T>(value, value, [step](int64_t l) { return l ^ step; });
   }
@@ -72,21 +47,19 @@ inline T sum_of(Vector<T> value) {
 
 // Rows become columns: in each step the blocks of `step` lanes off the diagonal change places.
 template <typename T>
-inline void transpose(Vector<T> (&rows)[kLanes<T>]) {
+inline void transpose(VectorOf<T> (&rows)[kLanes<T>]) {
   constexpr int64_t L = kLanes<T>;
   PSF_UNROLL for (int64_t step = 1; step < L; step *= 2) {
     PSF_UNROLL for (int64_t i = 0; i < L; ++i) {
       if (i & step) continue;
-      const Vector<T> a = rows[i], b = rows[i + step];
+      const VectorOf<T> a = rows[i], b = rows[i + step];
       rows[i] = shuffle<T>(a, b, [step](int64_t l) { return l & step ? L + l - step : l; });
       rows[i + step] = shuffle<T>(a, b, [step](int64_t l) { return l & step ? L + l : l + step; });
     }
   }
 }
 
-inline Vector<float> exponential(Vector<float> x) { return exponential_of<Vector<float>, IntVector>(x); }
-
-inline Vector<double> exponential(Vector<double> x) {
+inline Doubles exponential(Doubles x) {
   for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
@@ -120,16 +93,15 @@ S* head_of(const Map& map, const Call& call, int64_t image, int64_t head) {
   return static_cast<S*>(map.data) + image * map.batch + head * call.dim * map.channel;
 }
 
+// Stored values in the type of the arithmetic, and back.
 template <typename T, typename S>
-inline Vector<T> load_wide(const S* from) {
-  T wide[kLanes<T>];
-  for (int64_t i = 0; i < kLanes<T>; ++i) wide[i] = widen(from[i]);
-  return load(wide);
-}
-
-template <typename T, typename S>
-inline void store_narrow(S* to, Vector<T> value) {
-  for (int64_t i = 0; i < kLanes<T>; ++i) narrow(value[i], to[i]);
+void copy_line(const S* from, int64_t count, T* to) {
+  int64_t i = 0;
+  if constexpr (sizeof(S) < sizeof(T))
+    for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load(from + i));
+  else if constexpr (sizeof(S) > sizeof(T))
+    for (; i + kLanes<S> <= count; i += kLanes<S>) store(to + i, load(from + i));
+  for (; i < count; ++i) store_one(to + i, load_one(from + i));
 }
 
 // Planes of the tile and `reach` pixels around it; zero outside the image and in the rest of the plane.
@@ -150,7 +122,7 @@ void load_planes(const Call& call, const Map& map, int64_t image, int64_t head, 
       for (int64_t i = before + count; i < tile.pitch; ++i) row[i] = 0;
       if (map.column == 1) {
         const S* from = source + d * map.channel + y * map.row + left;
-        for (int64_t i = 0; i < count; ++i) row[before + i] = widen(from[i]);
+        copy_line(from, count, row + before);
       }
     }
     for (int64_t i = tile.at(bottom, tile.left - tile.halo); i < tile.plane; ++i) line[i] = 0;
@@ -163,19 +135,19 @@ void load_planes(const Call& call, const Map& map, int64_t image, int64_t head, 
     for (; map.channel == 1 && i + L <= count; i += L, from += L * map.column, to += L) {
       int64_t d = 0;
       for (; d + L <= call.dim; d += L) {
-        Vector<T> block[L];
+        VectorOf<T> block[L];
         PSF_UNROLL for (int64_t l = 0; l < L; ++l) {
           __builtin_prefetch(from + (l + L) * map.column + d);
-          block[l] = load_wide<T>(from + l * map.column + d);
+          block[l] = load(from + l * map.column + d);
         }
         transpose<T>(block);
         PSF_UNROLL for (int64_t l = 0; l < L; ++l) store(to + (d + l) * tile.plane, block[l]);
       }
       for (; d < call.dim; ++d)
-        for (int64_t l = 0; l < L; ++l) to[d * tile.plane + l] = widen(from[l * map.column + d]);
+        for (int64_t l = 0; l < L; ++l) to[d * tile.plane + l] = load_one(from + l * map.column + d);
     }
     for (; i < count; ++i, from += map.column, ++to)
-      for (int64_t d = 0; d < call.dim; ++d) to[d * tile.plane] = widen(from[d * map.channel]);
+      for (int64_t d = 0; d < call.dim; ++d) to[d * tile.plane] = load_one(from + d * map.channel);
   }
 }
 
@@ -189,7 +161,7 @@ void store_planes(const Call& call, const Map& map, int64_t image, int64_t head,
       for (int64_t y = tile.top; y < tile.bottom; ++y) {
         S* to = target + d * map.channel + y * map.row + tile.left;
         const T* row = planes + d * tile.plane + tile.at(y, tile.left);
-        for (int64_t i = 0; i < count; ++i) narrow(row[i], to[i]);
+        copy_line(row, count, to);
       }
     return;
   }
@@ -200,19 +172,19 @@ void store_planes(const Call& call, const Map& map, int64_t image, int64_t head,
     for (; map.channel == 1 && i + L <= count; i += L, to += L * map.column, from += L) {
       int64_t d = 0;
       for (; d + L <= call.dim; d += L) {
-        Vector<T> block[L];
+        VectorOf<T> block[L];
         PSF_UNROLL for (int64_t l = 0; l < L; ++l) block[l] = load(from + (d + l) * tile.plane);
         transpose<T>(block);
         PSF_UNROLL for (int64_t l = 0; l < L; ++l) {
           __builtin_prefetch(to + (l + L) * map.column + d, 1);
-          store_narrow<T>(to + l * map.column + d, block[l]);
+          store(to + l * map.column + d, block[l]);
         }
       }
       for (; d < call.dim; ++d)
-        for (int64_t l = 0; l < L; ++l) narrow(from[d * tile.plane + l], to[l * map.column + d]);
+        for (int64_t l = 0; l < L; ++l) store_one(to + l * map.column + d, from[d * tile.plane + l]);
     }
     for (; i < count; ++i, to += map.column, ++from)
-      for (int64_t d = 0; d < call.dim; ++d) narrow(from[d * tile.plane], to[d * map.channel]);
+      for (int64_t d = 0; d < call.dim; ++d) store_one(to + d * map.channel, from[d * tile.plane]);
   }
 }
 
@@ -233,21 +205,21 @@ void project(const Stage<T, J>& stage, const T* x, const T* y, T* c, int64_t beg
   constexpr int64_t L = kLanes<T>;
   for (int64_t i = begin; i < end; i += kVectors * L)
     for (int j0 = 0; j0 < J; j0 += kBlock) {
-      Vector<T> sum[kBlock][kVectors] = {};
+      VectorOf<T> sum[kBlock][kVectors] = {};
       for (int64_t d = 0; d < stage.dim; ++d) {
         const T* const at = y + d * stage.plane + i;
-        Vector<T> value[kVectors];
+        VectorOf<T> value[kVectors];
         PSF_UNROLL for (int v = 0; v < kVectors; ++v) value[v] = load(x + d * stage.plane + i + v * L);
         if constexpr (kLearned) {
           // First the neighbourhood of one channel: short sums, as accurate as the reference's.
           const T* f = stage.factor + d * (J + 1) * J + j0;
-          Vector<T> mixed[kBlock][kVectors];
+          VectorOf<T> mixed[kBlock][kVectors];
           PSF_UNROLL for (int j = 0; j < kBlock; ++j) {
-            PSF_UNROLL for (int v = 0; v < kVectors; ++v) mixed[j][v] = Vector<T>{} + f[J * J + j];
+            PSF_UNROLL for (int v = 0; v < kVectors; ++v) mixed[j][v] = VectorOf<T>{} + f[J * J + j];
           }
 #pragma GCC unroll 1
           for (int p = 0; p < J; ++p, f += J) {
-            Vector<T> neighbour[kVectors];
+            VectorOf<T> neighbour[kVectors];
             PSF_UNROLL for (int v = 0; v < kVectors; ++v) neighbour[v] = load(at + stage.offset[p] + v * L);
             PSF_UNROLL for (int j = 0; j < kBlock; ++j) {
               PSF_UNROLL for (int v = 0; v < kVectors; ++v) mixed[j][v] += neighbour[v] * f[j];
@@ -277,14 +249,14 @@ void mix(const Stage<T, J>& stage, const T* c, const T* y, T* out, bool add, con
          int64_t d_end, int64_t begin, int64_t end) {
   constexpr int64_t L = kLanes<T>;
   for (int64_t i = begin; i < end; i += kVectors * L) {
-    Vector<T> weight[J][kVectors];
+    VectorOf<T> weight[J][kVectors];
     PSF_UNROLL for (int j = 0; j < J; ++j) {
       PSF_UNROLL for (int v = 0; v < kVectors; ++v) weight[j][v] = load(c + j * stage.plane + i + v * L);
     }
     for (int64_t d = d_begin; d < d_end; ++d) {
       const int64_t at = d * stage.plane + i;
       const T* f = stage.factor + d * (J + 1) * J;
-      Vector<T> sum[kVectors] = {}, value[kVectors] = {};
+      VectorOf<T> sum[kVectors] = {}, value[kVectors] = {};
       if (kDot && add) {
         PSF_UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = load(out + at + v * L);
       }
@@ -294,7 +266,7 @@ void mix(const Stage<T, J>& stage, const T* c, const T* y, T* out, bool add, con
       if constexpr (kLearned) {
 #pragma GCC unroll 3
         for (int p = 0; p < J; ++p, f += J) {
-          Vector<T> t[kVectors];
+          VectorOf<T> t[kVectors];
           PSF_UNROLL for (int v = 0; v < kVectors; ++v) t[v] = weight[0][v] * f[0];
           PSF_UNROLL for (int j = 1; j < J; ++j) {
             PSF_UNROLL for (int v = 0; v < kVectors; ++v) t[v] += weight[j][v] * f[j];
@@ -328,7 +300,7 @@ void mix(const Stage<T, J>& stage, const T* c, const T* y, T* out, bool add, con
 template <typename T, int J>
 void gather(const Stage<T, J>& stage, const T* spread, T* out, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += kLanes<T>) {
-    Vector<T> sum = load(spread + i - stage.offset[0]);
+    VectorOf<T> sum = load(spread + i - stage.offset[0]);
     PSF_UNROLL for (int p = 1; p < J; ++p) sum += load(spread + p * stage.plane + i - stage.offset[p]);
     store(out + i, sum);
   }
@@ -346,21 +318,21 @@ void factor_gradient(const Stage<T, J>& stage, const T* c, const T* x, const T* 
         const T* const at = y + d * stage.plane;
         double* const to = grad + (d * (J + 1) + p0) * J + j0;
         if (p0 == J) {
-          Vector<T> sum[kBlock] = {};
+          VectorOf<T> sum[kBlock] = {};
           for (int64_t i = begin; i < end; i += kLanes<T>) {
-            const Vector<T> value = load(from + i);
+            const VectorOf<T> value = load(from + i);
             PSF_UNROLL for (int j = 0; j < kBlock; ++j) sum[j] += value * load(c + (j0 + j) * stage.plane + i);
           }
           PSF_UNROLL for (int j = 0; j < kBlock; ++j) to[j] += sum_of<T>(sum[j]);
           continue;
         }
-        Vector<T> sum[kNeighbours][kBlock] = {};
+        VectorOf<T> sum[kNeighbours][kBlock] = {};
         for (int64_t i = begin; i < end; i += kLanes<T>) {
-          const Vector<T> value = load(from + i);
-          Vector<T> product[kNeighbours];
+          const VectorOf<T> value = load(from + i);
+          VectorOf<T> product[kNeighbours];
           PSF_UNROLL for (int p = 0; p < kNeighbours; ++p) product[p] = value * load(at + i + stage.offset[p0 + p]);
           PSF_UNROLL for (int j = 0; j < kBlock; ++j) {
-            const Vector<T> weight = load(c + (j0 + j) * stage.plane + i);
+            const VectorOf<T> weight = load(c + (j0 + j) * stage.plane + i);
             PSF_UNROLL for (int p = 0; p < kNeighbours; ++p) sum[p][j] += product[p] * weight;
           }
         }
@@ -374,11 +346,11 @@ void factor_gradient(const Stage<T, J>& stage, const T* c, const T* x, const T* 
 template <typename T, int J>
 void attend(const Stage<T, J>& stage, T* c, const T* mask, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += kLanes<T>) {
-    Vector<T> value[J];
+    VectorOf<T> value[J];
     PSF_UNROLL for (int j = 0; j < J; ++j) value[j] = load(c + j * stage.plane + i);
-    cm3a::softmax<J>(value, [](Vector<T> x) { return exponential(x); });
+    cm3a::softmax<J>(value, [](VectorOf<T> x) { return exponential(x); });
     const auto inside = load(mask + i) != 0;
-    PSF_UNROLL for (int j = 0; j < J; ++j) store(c + j * stage.plane + i, inside ? value[j] : Vector<T>{});
+    PSF_UNROLL for (int j = 0; j < J; ++j) store(c + j * stage.plane + i, inside ? value[j] : VectorOf<T>{});
   }
 }
 
@@ -387,12 +359,12 @@ template <typename T, int J>
 void attend_backward(const Stage<T, J>& stage, const T* c, T* grad, const T* mask, int64_t begin, int64_t end,
                      T scale) {
   for (int64_t i = begin; i < end; i += kLanes<T>) {
-    Vector<T> value[J], change[J];
+    VectorOf<T> value[J], change[J];
     PSF_UNROLL for (int j = 0; j < J; ++j) value[j] = load(c + j * stage.plane + i);
     PSF_UNROLL for (int j = 0; j < J; ++j) change[j] = load(grad + j * stage.plane + i);
-    cm3a::softmax_backward<J>(value, change, Vector<T>{} + scale);
+    cm3a::softmax_backward<J>(value, change, VectorOf<T>{} + scale);
     const auto inside = load(mask + i) != 0;
-    PSF_UNROLL for (int j = 0; j < J; ++j) store(grad + j * stage.plane + i, inside ? change[j] : Vector<T>{});
+    PSF_UNROLL for (int j = 0; j < J; ++j) store(grad + j * stage.plane + i, inside ? change[j] : VectorOf<T>{});
   }
 }
 

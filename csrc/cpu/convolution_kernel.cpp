@@ -21,6 +21,7 @@ constexpr int64_t kRows = 4;  // rows of tiles of a block
 constexpr int64_t kGroup = kBytes == 64 ? 8 : 4;
 constexpr int64_t kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * kLanes;
+constexpr int64_t kCacheLine = 64;
 
 PSF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -176,6 +177,8 @@ void load_line(const Call& call, const Block& at, int64_t y, float* line) {
   // Pixel after pixel, as they lie in memory: another order would meet the same few sets of the cache again and again.
   for (int64_t i = first; i < last; ++i) {
     const T* pixel = source + i * call.x.pixel;
+    for (int64_t c = 0; c < call.channels; c += kCacheLine / sizeof(T))  // of the next row
+      __builtin_prefetch(pixel + call.x.row + c);
     for (int64_t c = 0; c < call.channels; c += kLanes) {
       const int64_t count = call.channels - c;
       Floats v = load_some(pixel + c, count);
@@ -207,23 +210,23 @@ PSF_INLINE void transform_pixels(const float* const (&lines)[kTile + 2], int64_t
   }
 }
 
-// products [kGroup, kPanel] = patches [kGroup, channels] weight [channels, kPanel]; kAhead: fetch the weight of the
+// products [kTiles, kPanel] = patches [kTiles, channels] weight [channels, kPanel]; kAhead: fetch the weight of the
 // next product, which comes from the third-level cache.
-template <bool kAhead>
+template <int64_t kTiles, bool kAhead>
 PSF_INLINE void multiply(const float* patches, int64_t row, const float* weight, int64_t channels, float* products) {
-  Floats sum[kGroup][kPanelVectors] = {};
+  Floats sum[kTiles][kPanelVectors] = {};
   for (int64_t c = 0; c < channels; ++c) {
     Floats w[kPanelVectors];
     PSF_UNROLL for (int64_t v = 0; v < kPanelVectors; ++v) {
       w[v] = load(weight + c * kPanel + v * kLanes);
       if (kAhead) __builtin_prefetch(weight + (channels + c) * kPanel + v * kLanes, 0, 2);
     }
-    PSF_UNROLL for (int64_t t = 0; t < kGroup; ++t) {
+    PSF_UNROLL for (int64_t t = 0; t < kTiles; ++t) {
       const float value = patches[t * row + c];
       PSF_UNROLL for (int64_t v = 0; v < kPanelVectors; ++v) sum[t][v] += value * w[v];
     }
   }
-  PSF_UNROLL for (int64_t t = 0; t < kGroup; ++t) PSF_UNROLL for (int64_t v = 0; v < kPanelVectors; ++v)
+  PSF_UNROLL for (int64_t t = 0; t < kTiles; ++t) PSF_UNROLL for (int64_t v = 0; v < kPanelVectors; ++v)
       store(products + t * kPanel + v * kLanes, sum[t][v]);
 }
 
@@ -239,40 +242,54 @@ void store_pixels(const Call& call, const Block& at, int64_t o, int64_t step, co
   for (int64_t tile = 0; tile < at.tiles(); ++tile) {
     const int64_t y = at.y + tile / at.columns * kTile, x = at.x + tile % at.columns * kTile;
     const int64_t rows = smaller(kTile, call.height - y), columns = smaller(kTile, call.width - x);
-    if (residual != nullptr)  // of the next tile
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = kTile; j < smaller(2 * kTile, call.width - x); ++j)
-          for (int64_t v = 0; v < vectors; ++v)
+    // What the next tile will need.
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = kTile; j < smaller(2 * kTile, call.width - x); ++j)
+        for (int64_t v = 0; v < vectors; ++v) {
+          if (residual != nullptr)
             __builtin_prefetch(residual + (y + i) * call.residual.row + (x + j) * call.residual.pixel + v * kLanes);
+          if (!call.stream) __builtin_prefetch(out + (y + i) * call.y.row + (x + j) * call.y.pixel + v * kLanes, 1);
+        }
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t count = call.outputs - o - v * kLanes;
       const Floats add = bias != nullptr ? load_some(bias + v * kLanes, count) : Floats{};
       const float* in = products + tile * kPanel + v * kLanes;
+      T* const to = out + y * call.y.row + x * call.y.pixel + v * kLanes;
+      const T* const from =
+          residual == nullptr ? nullptr : residual + y * call.residual.row + x * call.residual.pixel + v * kLanes;
       Floats half[kPatch][kTile];
       PSF_UNROLL for (int64_t i = 0; i < kPatch; ++i) {
         Floats m[kPatch];
         PSF_UNROLL for (int64_t j = 0; j < kPatch; ++j) m[j] = load(in + (i * kPatch + j) * step);
         transform_products(m, half[i]);
       }
-      Floats pixels[kTile][kTile];
-      PSF_UNROLL for (int64_t j = 0; j < kTile; ++j) {
-        Floats m[kPatch], result[kTile];
-        PSF_UNROLL for (int64_t i = 0; i < kPatch; ++i) m[i] = half[i][j];
-        transform_products(m, result);
-        PSF_UNROLL for (int64_t i = 0; i < kTile; ++i) pixels[i][j] = result[i];
-      }
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) {
-          Floats value = pixels[i][j] + add;
-          if (residual != nullptr)
-            value +=
-                load_some(residual + (y + i) * call.residual.row + (x + j) * call.residual.pixel + v * kLanes, count);
-          T* to = out + (y + i) * call.y.row + (x + j) * call.y.pixel + v * kLanes;
-          if (call.stream)
-            stream(to, value);
-          else
-            store_some(to, value, count);
+      // kWhole: nothing of the tile or of the vector is cut off.
+      const auto finish = [&]<bool kWhole>() __attribute__((always_inline)) {
+        PSF_UNROLL for (int64_t j = 0; j < kTile; ++j) {
+          Floats m[kPatch], pixels[kTile];
+          PSF_UNROLL for (int64_t i = 0; i < kPatch; ++i) m[i] = half[i][j];
+          transform_products(m, pixels);
+          PSF_UNROLL for (int64_t i = 0; i < kTile; ++i) {
+            if (!kWhole && (i >= rows || j >= columns)) continue;
+            T* const at = to + i * call.y.row + j * call.y.pixel;
+            Floats value = pixels[i] + add;
+            if (residual != nullptr) {
+              const T* const more = from + i * call.residual.row + j * call.residual.pixel;
+              value += kWhole ? load(more) : load_some(more, count);
+            }
+            if (call.stream)
+              stream(at, value);
+            else if (kWhole)
+              store(at, value);
+            else
+              store_some(at, value, count);
+          }
         }
+      };
+      if (rows == kTile && columns == kTile && count >= kLanes)
+        finish.template operator()<true>();
+      else
+        finish.template operator()<false>();
     }
   }
 }
@@ -293,17 +310,21 @@ void run_block(const Call& call, const Plan& plan, int64_t task, float* memory) 
       transform_pixels<kTile>(lines, at.columns, plan.row, s.patch_step, s.patches + row * at.columns * plan.row + c);
     }
   }
-  for (int64_t tile = at.tiles(); tile % kGroup != 0; ++tile)
+  for (int64_t tile = at.tiles(); tile % (kGroup / 2) != 0; ++tile)
     for (int64_t i = 0; i < kProducts; ++i)
       for (int64_t c = 0; c < plan.row; c += kLanes)
         store(s.patches + i * s.patch_step + tile * plan.row + c, Floats{});
   for (int64_t panel = 0; panel < plan.panels; ++panel) {
     const float* weight = call.weight + panel * plan.panel_weights;
     for (int64_t product = 0; product < kProducts; ++product)
-      for (int64_t tile = 0; tile < at.tiles(); tile += kGroup)
-        (tile == 0 ? multiply<true> : multiply<false>)(s.patches + product * s.patch_step + tile * plan.row, plan.row,
-                                                       weight + product * call.channels * kPanel, call.channels,
-                                                       s.products + product * s.product_step + tile * kPanel);
+      for (int64_t tile = 0; tile < at.tiles(); tile += kGroup) {
+        const auto several = at.tiles() - tile > kGroup / 2
+                                 ? (tile == 0 ? multiply<kGroup, true> : multiply<kGroup, false>)
+                                 : (tile == 0 ? multiply<kGroup / 2, true> : multiply<kGroup / 2, false>);
+        several(s.patches + product * s.patch_step + tile * plan.row, plan.row,
+                weight + product * call.channels * kPanel, call.channels,
+                s.products + product * s.product_step + tile * kPanel);
+      }
     store_pixels<kTile, T>(call, at, panel * kPanel, s.product_step, s.products);
   }
   if (call.stream) end_of_streams();
@@ -349,7 +370,7 @@ void by_rows(const Call& call, const T* image, int64_t first, int64_t last, Body
 
 template <class T>
 void sum_channels(const Call& call, const T* image, int64_t begin, int64_t end, double* sums) {
-  constexpr int64_t kVectors = 4;
+  constexpr int64_t kVectors = kBytes == 64 ? 8 : 4;
   for (int64_t first = begin; first < end; first += kChunk)
     for (int64_t c = 0; c < call.channels; c += kVectors * kLanes) {
       Floats origin[kVectors], sum[kVectors] = {}, square[kVectors] = {};
@@ -376,6 +397,7 @@ void sum_channels(const Call& call, const T* image, int64_t begin, int64_t end, 
         for (int64_t i = 0; i < smaller(kLanes, left - v * kLanes); ++i) {
           sums[c + v * kLanes + i] += sum[v][i];
           sums[call.channels + c + v * kLanes + i] += square[v][i];
+          sums[2 * call.channels + c + v * kLanes + i] = origin[v][i];
         }
     }
 }
@@ -440,12 +462,6 @@ void winograd_block(const Call& call, const Plan& plan, int64_t task, float* scr
 void channel_sums(const Call& call, const void* image, int64_t begin, int64_t end, double* sums) {
   by_element(call.element,
              [&](auto type) { sum_channels(call, static_cast<const decltype(type)*>(image), begin, end, sums); });
-}
-
-float first_value(const Call& call, const void* image, int64_t c) {
-  float value = 0;
-  by_element(call.element, [&](auto type) { value = load_one(static_cast<const decltype(type)*>(image) + c); });
-  return value;
 }
 
 }  // namespace psf::PSF_CAPABILITY

@@ -54,10 +54,8 @@ PSF_DECLARE(void, winograd_weight, const convolution::Call& call, const convolut
 // Block `task` of blocks_down * blocks_across an image.
 PSF_DECLARE(void, winograd_block, const convolution::Call& call, const convolution::Plan& plan, int64_t task,
             float* scratch)
-// Sums of x - origin and of its square over a run of pixels of one image, added to sums [2][channels]; origin
-// [channels] is the image's first pixel.
+// Sums of x - origin and of its square over a run of pixels of one image, added to sums [2][channels], and the origin,
+// the image's first pixel, to sums[2].
 PSF_DECLARE(void, channel_sums, const convolution::Call& call, const void* image, int64_t begin, int64_t end,
             double* sums)
-// Channel c of the first pixel of an image.
-PSF_DECLARE(float, first_value, const convolution::Call& call, const void* image, int64_t c)
 }  // namespace psf

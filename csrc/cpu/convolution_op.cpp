@@ -61,7 +61,7 @@ Tensor conv3x3_fwd(const Tensor& image, const Tensor& weight, const std::optiona
   call.outputs = outputs;
   call.x = image_of(x);
   call.y = image_of(y);
-  call.stream = past_caches(memory) && call.element == Element::f32 && outputs % 16 == 0 &&
+  call.stream = ResultMemory(memory).past_caches() && call.element == Element::f32 && outputs % 16 == 0 &&
                 reinterpret_cast<uintptr_t>(call.y.data) % 64 == 0;
   std::optional<Tensor> residual;
   if (added) {
@@ -112,13 +112,13 @@ std::tuple<Tensor, Tensor> group_norm_factors(const Tensor& image, const std::op
 
   constexpr int64_t kRun = 32 * convolution::kChunk;  // pixels of a task, whatever the number of threads
   const int64_t runs = (pixels + kRun - 1) / kRun;
-  std::vector<double> sums(static_cast<size_t>(batch * runs * 2 * channels));
+  std::vector<double> sums(static_cast<size_t>(batch * runs * 3 * channels));
   const char* data = static_cast<const char*>(x.const_data_ptr());
   for_tasks(batch * runs, [&](const auto& next) {
     for (int64_t task = next(); task >= 0; task = next()) {
       const int64_t begin = task % runs * kRun, end = begin + kRun < pixels ? begin + kRun : pixels;
       PSF_DISPATCH(channel_sums, call, data + task / runs * x.stride(0) * x.element_size(), begin, end,
-                   sums.data() + task * 2 * channels);
+                   sums.data() + task * 3 * channels);
     }
   });
 
@@ -135,11 +135,11 @@ std::tuple<Tensor, Tensor> group_norm_factors(const Tensor& image, const std::op
         const int64_t c = g * members + i;
         double sum = 0, square = 0;
         for (int64_t run = 0; run < runs; ++run) {
-          sum += sums[(b * runs + run) * 2 * channels + c];
-          square += sums[((b * runs + run) * 2 + 1) * channels + c];
+          sum += sums[(b * runs + run) * 3 * channels + c];
+          square += sums[((b * runs + run) * 3 + 1) * channels + c];
         }
         sum /= pixels;
-        means[i] = PSF_DISPATCH(first_value, call, data + b * x.stride(0) * x.element_size(), c) + sum;
+        means[i] = sums[(b * runs * 3 + 2) * channels + c] + sum;
         variances[i] = square / pixels - sum * sum;
         mean += means[i] / members;
       }

@@ -44,10 +44,23 @@ using Floats = Vector<float>::type;
 using Doubles = Vector<double>::type;
 PSF_INLINE Floats load(const float* p) { return *reinterpret_cast<const Vector<float>::unaligned*>(p); }
 PSF_INLINE Doubles load(const double* p) { return *reinterpret_cast<const Vector<double>::unaligned*>(p); }
-PSF_INLINE Floats load(const BFloat16* p) {
-  const Shorts bits = *reinterpret_cast<const UnalignedShorts*>(p);
-  return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
+// Words of 16 bits as such of 32 and back; left to itself GCC 12 takes vectors of 512 bits apart for this.
+PSF_INLINE Words widen(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const UnalignedShorts*>(p), Words);
+#endif
 }
+PSF_INLINE void narrow(uint16_t* p, Words v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(v)));
+#else
+  *reinterpret_cast<UnalignedShorts*>(p) = __builtin_convertvector(v, Shorts);
+#endif
+}
+PSF_INLINE Floats load(const BFloat16* p) { return reinterpret_cast<Floats>(widen(&p->bits) << 16); }
 PSF_INLINE Floats load(const Half* p) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Floats>(
@@ -67,7 +80,7 @@ PSF_INLINE void store(BFloat16* p, Floats v) {
   const Words bits = reinterpret_cast<Words>(v);
   const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
   const Words result = v != v ? Words{} + 0x7fc0 : rounded;
-  *reinterpret_cast<UnalignedShorts*>(p) = __builtin_convertvector(result, Shorts);
+  narrow(&p->bits, result);
 }
 PSF_INLINE void store(Half* p, Floats v) {
 #if defined(__AVX512F__)

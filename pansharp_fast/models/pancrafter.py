@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.cm3a import ATTENTION_KEYS, CM3A, NEIGHBOURS
-from ..nn.convolution import Conv3x3, LayerNorm, linear_gelu, norm_silu_conv
+from ..nn.convolution import Conv3x3, LayerNorm, mlp, norm_silu_conv
 
 #: PAN pixels per MS pixel, in each direction.
 RATIO = 4
@@ -193,7 +193,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(linear_gelu(self.fc1, x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return mlp(self.fc1, self.fc2, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class AttnBlock(nn.Module):

@@ -16,6 +16,9 @@ from ..ops._backends import requested, unavailable
 _CHANNELS, _FUSED_OUTPUTS, _PIXELS = 24, 8, 32 * 32
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+#: Pixels of an MLP's strip: 512 hidden channels of them are 4 MiB in float32.
+_STRIP = 2048
+
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -113,11 +116,21 @@ def joined(x: Tensor, *others: Tensor) -> Tensor:
     return torch.cat([tensor.permute(0, 2, 3, 1) for tensor in (x, *others)], 3).permute(0, 3, 1, 2)
 
 
-def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
-    """gelu(linear(x)), the tanh form; at inference on the CPU oneDNN applies it while the product is in cache."""
-    if _ONEDNN and inference(x) and linear.weight.dtype == x.dtype and not torch.compiler.is_compiling():
-        return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh")
-    return F.gelu(linear(x), approximate="tanh")
+def mlp(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
+    """second(gelu(first(x))) of [..., C], the tanh form of GELU.
+
+    At inference on the CPU oneDNN computes it, a strip of pixels at a time: what stands between stays in the cache.
+    """
+    fits = first.weight.dtype == second.weight.dtype == x.dtype and not torch.compiler.is_compiling()
+    if not (_ONEDNN and fits and inference(x)):
+        return second(F.gelu(first(x), approximate="tanh"))
+    linear: Any = torch.ops.mkldnn._linear_pointwise
+    pixels = x.reshape(-1, first.in_features)
+    out = x.new_empty(len(pixels), second.out_features)
+    for strip, result in zip(*(t.split(_STRIP) for t in (pixels, out)), strict=True):
+        hidden = linear(strip, first.weight, first.bias, "gelu", [], "tanh")
+        result.copy_(linear(hidden, second.weight, second.bias, "none", [], ""))
+    return out.view(*x.shape[:-1], -1)
 
 
 def inference(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from pansharp_fast import use_backend
 from pansharp_fast.nn import Conv3x3
-from pansharp_fast.nn.convolution import LayerNorm, joined, linear_gelu, norm_silu_conv
+from pansharp_fast.nn.convolution import LayerNorm, joined, mlp, norm_silu_conv
 
 
 def calls(run):
@@ -63,14 +63,15 @@ def test_norm_silu_conv(batch, kind, modulated):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_gelu(dtype):
-    linear, x = nn.Linear(16, 24).to(dtype), torch.randn(2, 5, 16).to(dtype)
-    expected = F.gelu(linear(x), approximate="tanh")
+@pytest.mark.parametrize("shape", [(2, 5), (3, 1500), (0, 4)])  # one strip, three, none
+def test_mlp(shape, dtype):
+    first, second, x = nn.Linear(16, 24).to(dtype), nn.Linear(24, 8).to(dtype), torch.randn(*shape, 16).to(dtype)
+    expected = second(F.gelu(first(x), approximate="tanh"))
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     with torch.no_grad():
-        torch.testing.assert_close(linear_gelu(linear, x), expected, rtol=tolerance, atol=tolerance)
-    (gradient,) = torch.autograd.grad(linear_gelu(linear, x).sum(), linear.weight)
-    assert gradient.abs().sum() > 0
+        torch.testing.assert_close(mlp(first, second, x), expected, rtol=tolerance, atol=tolerance)
+    (gradient,) = torch.autograd.grad(mlp(first, second, x).sum(), first.weight)
+    assert gradient.abs().sum() > 0 or not x.numel()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
