@@ -5,15 +5,14 @@ The reference calls PyTorch's operators one after another; its convolution is on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 
 from pansharp_fast.ops import conv3x3, group_norm_factors
-from pansharp_fast.ops._backends import candidates, reasons
 from pansharp_fast.ops.convolution import OPERATOR
 
-from .registry import Case, Run, register
+from .registry import Case, column, kernels, register
 
 #: (what, channels, outputs, side)
 SIZES = (
@@ -45,25 +44,15 @@ def cases(device: torch.device) -> Iterator[Case]:
                 return block
 
             torch.compiler.reset()
-            columns = {"reference": _run(on("reference")), "torch.compile": _run(torch.compile(on("reference")))}
-            for backend in candidates(device.type)[:-1]:
-                if not reasons(OPERATOR, backend, [x, weight]):
-                    columns[backend] = _run(on(backend))
+            ways = {"reference": on("reference"), "torch.compile": torch.compile(on("reference"))}
+            ways |= {backend: on(backend) for backend in kernels(OPERATOR, [x, weight])}
             yield Case(
                 operator="conv3x3",
                 size=f"{what} [1, {channels}, {side}, {side}] to {outputs}",
                 dtype=dtype,
                 work="forward",
-                columns=columns,
+                columns={name: column(way, [], [], "forward") for name, way in ways.items()},
                 tolerance=1e-5 if dtype == torch.float32 else 1e-2,
                 traffic=(x.numel() + 2 * residual.numel() + weight.numel()) * x.element_size(),
                 flops=2 * 9 * channels * outputs * side * side,
             )
-
-
-def _run(block: Callable[[], torch.Tensor]) -> Run:
-    def run() -> Sequence[torch.Tensor]:
-        with torch.no_grad():
-            return [block()]
-
-    return run

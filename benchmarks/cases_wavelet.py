@@ -1,6 +1,6 @@
 """Wavelet transforms against the ways in which people do them today.
 
-pytorch_wavelets has no release on the package index, so that it takes part only where it is installed.
+ptwt and pytorch_wavelets take part where they are installed.
 On the CPU a result of 32 MiB or more is fresh memory at every call, and page faults are much of every column's time;
 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment shows the transforms themselves.
 """
@@ -18,11 +18,10 @@ import torch
 from torch.nn.functional import conv2d
 
 from pansharp_fast.ops import iswt2, swt2, wavedec2, waverec2
-from pansharp_fast.ops._backends import candidates, reasons
 from pansharp_fast.ops.wavelet import OPERATOR, _filters
 from pansharp_fast.reference.wavelet import extension, geometry
 
-from .registry import Case, Run, register
+from .registry import Case, Run, kernels, register
 
 MODE = "symmetric"
 #: (wavelet, levels, shape)
@@ -71,11 +70,6 @@ def _conv_decomposition(wavelet: str, levels: int) -> Any:
     return run
 
 
-def _our_backends(x: torch.Tensor) -> list[str]:
-    usable = [name for name in candidates(x.device.type) if not reasons(OPERATOR, name, [x], mode=MODE)]
-    return [name for name in usable if name != "reference"]
-
-
 def _case(size: str, columns: dict[str, Run], x: torch.Tensor, moved: int) -> Case:
     return Case(
         operator="wavelet",
@@ -113,7 +107,7 @@ def _decompositions(device: torch.device) -> Iterator[Case]:
             columns["pytorch_wavelets"] = _pytorch_wavelets(x, wavelet, levels)
         if device.type == "cpu":
             columns["PyWavelets"] = lambda x=x, w=wavelet, n=levels: flat(pywt.wavedec2(x.numpy(), w, MODE, n))
-        for backend in _our_backends(x):
+        for backend in kernels(OPERATOR, [x], mode=MODE):
             columns[backend] = ours(backend)
         moved = sum(band.numel() for band in flat(wavedec2(x, wavelet, MODE, levels))) + x.numel()
         yield _case(f"{wavelet} DWT, {levels} level{'s' * (levels > 1)},", columns, x, moved)
@@ -127,7 +121,7 @@ def _decompositions(device: torch.device) -> Iterator[Case]:
             if device.type == "cpu":
                 arrays = [coeffs[0].numpy(), tuple(band.numpy() for band in coeffs[1])]
                 inverse["PyWavelets"] = lambda c=arrays, w=wavelet: flat(pywt.waverec2(c, w, MODE))
-            for backend in _our_backends(x):
+            for backend in kernels(OPERATOR, [x], mode=MODE):
                 inverse[backend] = lambda c=coeffs, w=wavelet, b=backend: [waverec2(c, w, MODE, backend=b)]
             yield _case(f"{wavelet} inverse DWT, 1 level,", inverse, x, moved)
 
@@ -160,13 +154,13 @@ def _stationary(device: torch.device) -> Iterator[Case]:
         }
         if device.type == "cpu":
             columns["PyWavelets"] = lambda x=x, w=wavelet, n=levels: flat(pywt.swt2(x.numpy(), w, n))
-        for backend in _our_backends(x):
+        for backend in kernels(OPERATOR, [x], mode=MODE):
             columns[backend] = lambda x=x, w=wavelet, n=levels, b=backend: flat(swt2(x, w, n, backend=b))
         yield _case(f"{wavelet} SWT, {levels} level{'s' * (levels > 1)},", columns, x, 5 * levels * x.numel())
         if levels == 1:
             coeffs = swt2(x, wavelet, 1)
             inverse: dict[str, Run] = {"reference": lambda c=coeffs, w=wavelet: [iswt2(c, w, backend="reference")]}
-            for backend in _our_backends(x):
+            for backend in kernels(OPERATOR, [x], mode=MODE):
                 inverse[backend] = lambda c=coeffs, w=wavelet, b=backend: [iswt2(c, w, backend=b)]
             yield _case(f"{wavelet} inverse SWT, 1 level,", inverse, x, 5 * x.numel())
 

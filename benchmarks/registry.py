@@ -6,8 +6,11 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from pansharp_fast.ops._backends import Operator, candidates, reasons
 
 Run = Callable[[], Sequence[torch.Tensor]]
 
@@ -26,7 +29,7 @@ class Case:
     operator: str
     size: str
     dtype: torch.dtype
-    work: str  # "forward" or "forward+backward"
+    work: str  # "forward", "backward" or "forward+backward"
     columns: Mapping[str, Run]
     tolerance: float
     traffic: int
@@ -36,6 +39,40 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.size}, {self.work}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def kernels(operator: Operator, tensors: Sequence[torch.Tensor], **options: Any) -> list[str]:
+    """Backends other than the reference that can run this call, best first."""
+    names = candidates(tensors[0].device.type)
+    return [name for name in names if name != "reference" and not reasons(operator, name, tensors, **options)]
+
+
+def column(
+    function: Callable[..., Any], inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], work: str
+) -> Run:
+    """`work` of function(*inputs); the results are its outputs, or gradients of all inputs, or both."""
+
+    def outputs(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        result = function(*tensors)
+        return [result] if isinstance(result, torch.Tensor) else list(result)
+
+    def forward() -> Sequence[torch.Tensor]:
+        with torch.no_grad():
+            return outputs(inputs)
+
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    kept: list[torch.Tensor] = []
+
+    def backward() -> Sequence[torch.Tensor]:
+        if not kept:  # the first call, which is not timed
+            kept.extend(outputs(leaves))
+        return torch.autograd.grad(kept, leaves, gradients, retain_graph=True)
+
+    def both() -> Sequence[torch.Tensor]:
+        results = outputs(leaves)
+        return [*results, *torch.autograd.grad(results, leaves, gradients)]
+
+    return {"forward": forward, "backward": backward, "forward+backward": both}[work]
 
 
 Cases = Callable[[torch.device], Iterator[Case]]

@@ -9,6 +9,8 @@
 #
 # Steps, all by default, in this order; each ends within its limit of seconds, so that a run can be split over several
 # calls that add to one report (all but `build` need the build of an earlier call):
+#     packages                                     what tests and benchmarks import; wheels from a folder `wheels`, if
+#                                                  there is one, are installed first
 #     build info smoke budget
 #     tests_cuda tests_triton                      pytest, by backend
 #     bench_cm3a bench_frequency_attention bench_wavelet bench_pancrafter bench_uknow
@@ -18,7 +20,7 @@
 # Exits 0 only where every step did. Commit a good report under benchmarks/results/<gpu>/. Needs no network: it uses the
 # python3 on PATH with its torch, and builds in place.
 set -uo pipefail
-all="build info smoke budget tests_cuda tests_triton bench_cm3a bench_frequency_attention bench_wavelet bench_pancrafter
+all="packages build info smoke budget tests_cuda tests_triton bench_cm3a bench_frequency_attention bench_wavelet bench_pancrafter
 bench_uknow memcheck racecheck initcheck"
 if [ $# -lt 1 ]; then
   echo "usage: scripts/gpu_check.sh OUT [STEP...], steps:" $all >&2
@@ -89,6 +91,12 @@ export MAX_JOBS=${MAX_JOBS:-$(nproc)} PYTHONUNBUFFERED=1
 
 for name in ${*:-$all}; do
   case $name in
+  packages)
+    step packages 120 bash -ec '
+      [ ! -d wheels ] || python3 -m pip install --no-index --no-deps wheels/*.whl
+      python3 -c "import diffusers, h5py, hypothesis, pytest, pywt, safetensors, setuptools, torch, triton
+assert int(setuptools.__version__.split(\".\")[0]) >= 77, f\"setuptools: expected 77 or later, got {setuptools.__version__}\""'
+    ;;
   build) step build 500 python3 setup.py -q build_ext --inplace || { cat "$out/build.log"; exit 1; } ;;
   info) step info 60 python3 -m pansharp_fast.info ;;
   smoke) step smoke 120 python3 scripts/gpu_smoke.py ;;

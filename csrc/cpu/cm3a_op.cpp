@@ -103,8 +103,10 @@ Arguments arguments_of(const Tensor& q, const Tensor& k_pan, const Tensor& v_pan
 
 Tensor like_q(const Tensor& q, bool channels_last) {
   using torch::headeronly::MemoryFormat;
-  return torch::stable::empty(q.sizes(), q.scalar_type(), std::nullopt, q.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const Tensor result = torch::stable::empty(q.sizes(), q.scalar_type(), std::nullopt, q.device(), std::nullopt,
+                                             channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  psf::ResultMemory{result};  // huge pages where they pay
+  return result;
 }
 
 // Runs f(chunk, first item, last item, scratch) over all chunks, in parallel.

@@ -16,8 +16,8 @@ from ..ops._backends import requested, unavailable
 _CHANNELS, _FUSED_OUTPUTS, _PIXELS = 24, 8, 32 * 32
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-#: Pixels of an MLP's strip: 512 hidden channels of them are 4 MiB in float32.
-_STRIP = 2048
+#: Bytes of an MLP's hidden values that are worked on at a time.
+_STRIP_BYTES = 4 << 20
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -127,7 +127,8 @@ def mlp(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
     linear: Any = torch.ops.mkldnn._linear_pointwise
     pixels = x.reshape(-1, first.in_features)
     out = x.new_empty(len(pixels), second.out_features)
-    for strip, result in zip(*(t.split(_STRIP) for t in (pixels, out)), strict=True):
+    size = max(1, _STRIP_BYTES // (first.out_features * x.itemsize))
+    for strip, result in zip(*(t.split(size) for t in (pixels, out)), strict=True):
         hidden = linear(strip, first.weight, first.bias, "gelu", [], "tanh")
         result.copy_(linear(hidden, second.weight, second.bias, "none", [], ""))
     return out.view(*x.shape[:-1], -1)

@@ -225,17 +225,28 @@ def _selfcheck(operator: Operator, backend: str, device: torch.device) -> bool:
         return True
     if key in operator.failed:
         return False
-    if torch.compiler.is_compiling():
-        return True  # eager's first call decides; a graph cannot hold the comparison
+    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return True  # another call decides; a graph cannot hold the comparison
     operator.passed.add(key)  # the check itself calls the operator
     try:
-        operator.selfcheck(backend, device)
+        _compare(operator, backend, device)
     except Exception as error:  # whatever went wrong, the answer is the same: do not trust the kernel
         operator.passed.discard(key)
         operator.failed[key] = f"self-check on {device} failed: {error}"
         warnings.warn(f"{operator.name}: backend {backend} is not used: {operator.failed[key]}", stacklevel=3)
         return False
     return True
+
+
+def _compare(operator: Operator, backend: str, device: torch.device) -> None:
+    """The operator's self-check, which takes gradients and names its dtypes and devices, in whatever modes we are."""
+    assert operator.selfcheck is not None
+    with contextlib.ExitStack() as modes:
+        for mode in (torch.inference_mode(False), torch.enable_grad(), torch.device("cpu")):
+            modes.enter_context(mode)
+        if torch.amp.is_autocast_available(device.type):
+            modes.enter_context(torch.autocast(device.type, enabled=False))
+        operator.selfcheck(backend, device)
 
 
 def explain(operator: str, *tensors: torch.Tensor, **options: Any) -> str:

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -116,6 +118,26 @@ def test_a_passed_selfcheck_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         assert select(right, [torch.zeros(1, device="meta")]) == "cuda"
     assert calls == ["cuda"]
+
+
+@pytest.mark.parametrize("name", ["cm3a", "frequency_attention", "wavelet"])
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("meta")],
+    ids=["no_grad", "inference_mode", "autocast", "default device"],
+)
+def test_selfchecks_run_in_any_mode(name: str, mode: Callable[[], AbstractContextManager[object]]) -> None:
+    """A process's first call may be of an inference: the CPU kernel stands in for a GPU's here."""
+    with mode():
+        backends._compare(backends.OPERATORS[name], "cpu", torch.device("cpu"))
+
+
+def test_a_captured_call_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    untouched = Operator("untouched", {"cuda": Support(("cuda",), FLOAT)}, lambda backend, device: 1 / 0)
+    assert backends._selfcheck(untouched, "cuda", torch.device("cuda", 0))
+    assert not untouched.passed
+    assert not untouched.failed
 
 
 def test_a_missing_library_keeps_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

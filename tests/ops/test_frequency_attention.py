@@ -210,6 +210,16 @@ def test_shapes_and_strides(backend, data):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(2, 4, 1, 7), (2, 4, 7, 1), (2, 4, 1, 1)])
+def test_strides_of_a_single_row_or_column(backend, shape):
+    """Such a tensor counts as contiguous whatever the stride along the axis of length 1."""
+    x = torch.randn(shape, device=DEVICES.get(backend, "cpu")).transpose(2, 3)
+    actual = frequency_attention(x, x, x, num_heads=2, backend=backend)
+    wanted = frequency_attention(*[x.double()] * 3, num_heads=2, backend="reference")
+    torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend):
     tensors = inputs((0, 4, 3, 5), device=DEVICES.get(backend, "cpu"))
     results = evaluate(tensors, torch.zeros(0, 4, 3, 5), num_heads=2, backend=backend)
