@@ -286,7 +286,7 @@ def _selfcheck(backend: str, device: torch.device) -> None:
 
 
 def _head_fits(q: Tensor, *_: Tensor, num_heads: int | None = None) -> list[str]:
-    """Reasons against the CUDA kernels, which hold a head's channels in shared memory and registers."""
+    """Reasons against the GPU kernels, which hold a head's channels in shared memory and registers."""
     if num_heads is None or q.shape[1] <= 64 * num_heads:
         return []
     return [f"channels of a head: expected at most 64, got {q.shape[1] // num_heads}"]
@@ -297,7 +297,7 @@ OPERATOR = register(
         "frequency_attention",
         {
             "cuda": Support(("cuda",), FLOATING, check=_head_fits),
-            "triton": Support(("cuda", "xpu"), (torch.float32, torch.bfloat16, torch.float16)),
+            "triton": Support(("cuda", "xpu"), (torch.float32, torch.bfloat16, torch.float16), check=_head_fits),
             "cpu": Support(("cpu",), FLOATING),
             "reference": Support(("cpu", "cuda", "xpu", "mps"), FLOATING),
         },
