@@ -17,6 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+#: Of the kernels that project: with Triton's 4 they spill registers.
+WARPS = 8
+
 
 @triton.jit
 def _near(base, channel, pixel, y, x, height, width, dim, DIMS: tl.constexpr):
@@ -272,7 +275,7 @@ class _Launch:
             by_offset = weight.reshape(self.dim, self.count, self.count).permute(2, 0, 1)
             self.factor = torch.cat([by_offset, bias[None]]).contiguous()
         dims = max(16, triton.next_power_of_2(self.dim))
-        block = 128 if dims == 16 else 64
+        block = max(16, 2048 // dims)  # [DIMS, BLOCK] stands in registers
         self.constants: dict[str, Any] = {
             "WINDOW": window,
             "DIMS": dims,
@@ -319,8 +322,9 @@ def cm3a_fwd(
     if q.numel():
         with launch.device:
             _forward[(launch.blocks,)](
-                *inputs, launch.factor, *outputs, scale, *launch.shape, LEARNED=launch.learned, **launch.constants
-            )
+                *inputs, launch.factor, *outputs, scale, *launch.shape, LEARNED=launch.learned, **launch.constants,
+                num_warps=WARPS,
+            )  # fmt: skip
     return outputs
 
 
@@ -353,7 +357,7 @@ def cm3a_bwd(
     if q.numel():
         with launch.device:
             _backward_query[(launch.blocks,)](
-                *tensors, launch.factor, grad_q, space, scale, *launch.shape, plane, **constants
+                *tensors, launch.factor, grad_q, space, scale, *launch.shape, plane, **constants, num_warps=WARPS
             )
             for left, out, c in (
                 (q, grad_k_pan, space[0, 1]),

@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 64
 # Frequencies that one program of a Gram pass adds up, at most.
 RUN = 2048
 SMALLEST_NORM = 1e-12
@@ -241,13 +240,15 @@ def _shape(x, num_heads, width):
     """Arguments that the spectral kernels share, the number of heads of the batch, frequencies, and constants."""
     height, columns = x.shape[2], x.shape[3]
     depth = x.shape[1] // num_heads
-    constants = {"DEPTH": max(16, triton.next_power_of_2(depth)), "BLOCK": BLOCK}
+    padded = max(16, triton.next_power_of_2(depth))
+    # 1024 numbers [DEPTH, BLOCK] over 8 warps: with more a thread registers spill, and shared memory does not suffice.
+    constants = {"DEPTH": padded, "BLOCK": max(16, 1024 // padded), "num_warps": 8}
     return (height, width, columns, depth), x.shape[0] * num_heads, height * columns, constants
 
 
-def _run(total):
+def _run(total, block):
     """Frequencies of a run of a Gram pass."""
-    return min(RUN, triton.cdiv(total, BLOCK) * BLOCK)
+    return min(RUN, triton.cdiv(total, block) * block)
 
 
 def _reduce(partial, x, num_heads):
@@ -256,7 +257,7 @@ def _reduce(partial, x, num_heads):
 
 def frequency_attention_gram(q, k, num_heads, width):
     shape, heads, total, constants = _shape(q, num_heads, width)
-    run = _run(total)
+    run = _run(total, constants["BLOCK"])
     runs = triton.cdiv(total, run)
     partial = q.new_empty((heads, runs, 2, shape[3], shape[3]))
     _gram_kernel[(runs, heads)](q, k, partial, *shape, runs, RUN=run, **constants)
@@ -265,12 +266,12 @@ def frequency_attention_gram(q, k, num_heads, width):
 
 def frequency_attention_apply(v, attention, num_heads, width):
     shape, heads, total, constants = _shape(v, num_heads, width)
-    _apply_kernel[(triton.cdiv(total, BLOCK), heads)](v, attention, *shape, **constants)
+    _apply_kernel[(triton.cdiv(total, constants["BLOCK"]), heads)](v, attention, *shape, **constants)
 
 
 def frequency_attention_apply_bwd(v, grad, attention, num_heads, width):
     shape, heads, total, constants = _shape(v, num_heads, width)
-    run = _run(total)
+    run = _run(total, constants["BLOCK"])
     runs = triton.cdiv(total, run)
     partial = v.new_empty((heads, runs, 2, shape[3], shape[3]))
     _apply_backward_kernel[(runs, heads)](v, grad, attention, partial, *shape, runs, RUN=run, **constants)
@@ -279,7 +280,7 @@ def frequency_attention_apply_bwd(v, grad, attention, num_heads, width):
 
 def frequency_attention_gram_bwd(q, k, grad, num_heads, width):
     shape, heads, total, constants = _shape(q, num_heads, width)
-    _gram_backward_kernel[(triton.cdiv(total, BLOCK), heads)](q, k, grad, *shape, **constants)
+    _gram_backward_kernel[(triton.cdiv(total, constants["BLOCK"]), heads)](q, k, grad, *shape, **constants)
 
 
 def frequency_attention_inverse_norm(x):

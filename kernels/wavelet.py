@@ -86,7 +86,7 @@ def _analysis_kernel(
         h += tap_high * low
         v += tap_low * high
         d += tap_high * high
-    band = rows.to(tl.int64) * count
+    band = tl.cast(rows, tl.int64) * count  # an argument of 1 is a constant to the compiler and has no `.to`
     out = y + plane * 4 * band + (i.to(tl.int64) * count)[:, None] + j[None, :]
     kind = y.dtype.element_ty
     tl.store(out, a.to(kind), mask=inside)

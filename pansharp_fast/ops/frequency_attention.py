@@ -288,7 +288,7 @@ def _selfcheck(backend: str, device: torch.device) -> None:
 
 
 def _head_fits(q: Tensor, *_: Tensor, num_heads: int | None = None) -> list[str]:
-    """Reasons against the CUDA kernels, which hold a head's channels in shared memory and registers."""
+    """Reasons against the GPU kernels, which hold a head's channels in shared memory and registers."""
     most = 48 if q.dtype == torch.float64 else 64  # 99 KB a block, which every GPU from compute capability 8.0 on has
     if num_heads is None or q.shape[1] <= most * num_heads:
         return []
@@ -300,7 +300,7 @@ OPERATOR = register(
         "frequency_attention",
         {
             "cuda": Support(("cuda",), FLOATING, check=_head_fits),
-            "triton": Support(("cuda", "xpu"), (torch.float32, torch.bfloat16, torch.float16)),
+            "triton": Support(("cuda", "xpu"), (torch.float32, torch.bfloat16, torch.float16), check=_head_fits),
             "cpu": Support(("cpu",), FLOATING),
             "reference": Support(("cpu", "cuda", "xpu", "mps"), FLOATING),
         },

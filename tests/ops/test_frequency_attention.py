@@ -339,10 +339,11 @@ def test_bad_arguments():
         frequency_attention(q, k, v, num_heads=2, backend="cuda")
 
 
-def test_reasons_against_cuda():
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_reasons_against_wide_heads(backend):
     q = torch.randn(1, 130, 2, 2)
-    assert any("at most 64, got 65" in reason for reason in reasons(OPERATOR, "cuda", (q, q, q), num_heads=2))
-    assert not any("at most 64" in reason for reason in reasons(OPERATOR, "cuda", (q, q, q), num_heads=5))
+    assert any("at most 64, got 65" in reason for reason in reasons(OPERATOR, backend, (q, q, q), num_heads=2))
+    assert not any("at most 64" in reason for reason in reasons(OPERATOR, backend, (q, q, q), num_heads=5))
 
 
 def test_half_precision_reference_is_float32_inside():
