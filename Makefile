@@ -18,8 +18,11 @@ build: $(STAMP)
 demo: build
 	$(BIN)/pansharp-fast demo --out demo_output
 
+# CPU kernels once more as older CPUs run them.
 test: build lint
 	$(BIN)/python -m pytest -q
+	PANSHARP_FAST_CPU_CAPABILITY=v3 $(BIN)/python -m pytest -q tests/ops -k "cpu or convolution or ulp"
+	PANSHARP_FAST_CPU_CAPABILITY=baseline $(BIN)/python -m pytest -q tests/ops -k "cpu or convolution or ulp"
 
 lint: build
 	$(BIN)/ruff format --check .

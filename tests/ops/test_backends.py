@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -147,25 +144,3 @@ def test_a_missing_library_keeps_its_reason(monkeypatch: pytest.MonkeyPatch, tmp
     assert "_C.so was not built" in str(_extension.load_error.__wrapped__("_C"))
     (tmp_path / "_C.so").write_text("no library")
     assert "does not load with torch" in str(_extension.load_error.__wrapped__("_C"))
-
-
-@pytest.mark.parametrize("capability", ["baseline", "v3"])
-def test_older_instruction_sets_agree(capability: str) -> None:
-    if backends.unavailable("cpu"):
-        pytest.skip(str(backends.unavailable("cpu")))
-    code = """
-import torch
-from pansharp_fast.ops import cm3a
-torch.manual_seed(0)
-for window in (3, 5):
-    leaves = [torch.randn(1, 8, 7, 13, requires_grad=True) for _ in range(5)]
-    leaves += [torch.randn(4, window**2, window, window, requires_grad=True)]
-    results = []
-    for backend in ("cpu", "reference"):
-        out = torch.stack(cm3a(*leaves, num_heads=2, window=window, backend=backend))
-        results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
-    for got, want in zip(*results):
-        assert (got - want).norm() < 1e-5 * want.norm()
-"""
-    environment = {**os.environ, "PANSHARP_FAST_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,20 +166,6 @@ def test_opcheck_and_compile():
 
     expected = block(x)
     torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="aot_eager")(x), expected)
-
-
-@pytest.mark.parametrize("capability", ["baseline", "v3"])
-def test_older_instruction_sets(capability):
-    code = (
-        "from tests.ops.test_convolution import *\n"
-        "for sizes in [(1, 32, 32, 16, 16), (2, 17, 40, 37, 21), (1, 9, 20, 101, 100)]:\n"
-        "    for dtype in TOLERANCE:\n"
-        "        x, weight, options = case(*sizes, dtype)\n"
-        "        actual = conv3x3(x, weight, **options, backend='cpu')\n"
-        "        assert error(actual, exact(x, weight, options)) < TOLERANCE[dtype]\n"
-    )
-    environment = {**os.environ, "PANSHARP_FAST_CPU_CAPABILITY": capability}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -2,8 +2,6 @@
 
 import functools
 import itertools
-import os
-import subprocess
 import sys
 
 import pytest
@@ -167,17 +165,6 @@ def test_elementary_functions_to_2_ulp():
     cosine, sine = torch.ops.pansharp_fast.frequency_attention_unit(angles).unbind(1)
     assert ulps(cosine, angles.double().cos()) <= 2
     assert ulps(sine, angles.double().sin()) <= 2
-
-
-@pytest.mark.skipif(unavailable("cpu") is not None, reason=str(unavailable("cpu")))
-@pytest.mark.parametrize("capability", ["baseline", "v3"])
-def test_older_instruction_sets(capability):
-    """The same tests of values pass with the kernels compiled for older CPUs."""
-    chosen = f"{__file__}::test_elementary_functions_to_2_ulp", f"{__file__}::test_against_float64"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, "-k", "ulp or cpu and dtype0"]
-    environment = {**os.environ, "PANSHARP_FAST_CPU_CAPABILITY": capability}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
 
 
 LAYOUTS = {
