@@ -71,38 +71,22 @@ void for_tasks(int64_t count, const Body& body) {
 // huge pages, which cost far less than page faults, and their zeros are still in the cache when the result is written.
 class ResultMemory {
  public:
-  explicit ResultMemory(const torch::stable::Tensor& result)
-      : begin_(reinterpret_cast<uintptr_t>(result.mutable_data_ptr())),
-        end_(begin_ + static_cast<uintptr_t>(result.numel() * result.element_size())) {
-    big_ = end_ - begin_ >= uintptr_t{32} << 20;
+  explicit ResultMemory(const torch::stable::Tensor& result) {
+    const uintptr_t size = static_cast<uintptr_t>(result.numel() * result.element_size());
+    big_ = size >= uintptr_t{32} << 20;
 #ifdef __linux__
+    constexpr uintptr_t kSmall = 4096, kHuge = uintptr_t{2} << 20;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
     unsigned char resident = 1;
-    const uintptr_t middle = (begin_ + (end_ - begin_) / 2) / kSmallPage * kSmallPage;
-    fresh_ = big_ && mincore(reinterpret_cast<void*>(middle), kSmallPage, &resident) == 0 && (resident & 1) == 0;
-    if (fresh_) advise(begin_, end_, MADV_HUGEPAGE);
+    void* const middle = reinterpret_cast<void*>((begin + size / 2) / kSmall * kSmall);
+    fresh_ = big_ && mincore(middle, kSmall, &resident) == 0 && (resident & 1) == 0;
+    const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + size) / kHuge * kHuge;
+    if (fresh_ && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   }
   bool past_caches() const { return big_ && !fresh_; }
-  // Elements [first, last) of `size` bytes are written next: gets the huge pages that begin among them at one go. That
-  // is a third faster than one fault after the other on two threads, which wait for each other.
-  void provide(int64_t first, int64_t last, int64_t size) const {
-#ifdef MADV_POPULATE_WRITE
-    const uintptr_t to = begin_ + static_cast<uintptr_t>(last * size) + kHugePage - 1;
-    if (fresh_) advise(begin_ + static_cast<uintptr_t>(first * size), to < end_ ? to : end_, MADV_POPULATE_WRITE);
-#endif
-  }
 
  private:
-  static constexpr uintptr_t kSmallPage = 4096, kHugePage = uintptr_t{2} << 20;
-#ifdef __linux__
-  // For the whole huge pages within [from, to). Refusals do not matter: the memory then comes in another way.
-  static void advise(uintptr_t from, uintptr_t to, int advice) {
-    from = (from + kHugePage - 1) / kHugePage * kHugePage;
-    to = to / kHugePage * kHugePage;
-    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, advice);
-  }
-#endif
-  uintptr_t begin_, end_;
   bool big_ = false, fresh_ = false;
 };
 

@@ -147,35 +147,21 @@ size_t scratch_bytes(const Line& line, const Rows& vertical) {
   return static_cast<size_t>(8 * (lines + 6 * vertical.most + 8 * (line.taps + 2) + 2 * line.borders) + 16 * 64);
 }
 
-// rows(call, first, last, scratch) does rows of the result, counted over all planes, of which each has `bands` parts of
-// call.rows rows.
 template <class Call>
-void run(const Call& call, int64_t planes, const Tensor& result, const ResultMemory& written, int64_t bands,
-         void (*rows)(const Call&, int64_t, int64_t, void*)) {
+void run(const Call& call, int64_t planes, void (*rows)(const Call&, int64_t, int64_t, void*)) {
   const size_t bytes = scratch_bytes(call.line, call.vertical);
   const int64_t total = planes * call.rows;
   const int64_t least = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, call.line.n));
   const int64_t size = std::max<int64_t>(least, total / (8 * static_cast<int64_t>(torch::stable::get_num_threads())));
-  const int64_t width = result.size(result.dim() - 1);
   for_tasks((total + size - 1) / size, [&](const auto& next) {
     const AlignedBuffer<char> memory(static_cast<int64_t>(bytes));
-    for (int64_t task = next(); task >= 0; task = next()) {
-      const int64_t first = task * size, last = std::min(total, first + size);
-      for (int64_t row = first; row < last;) {  // plane by plane
-        const int64_t plane = row / call.rows, end = std::min(last, (plane + 1) * call.rows);
-        for (int64_t band = 0; band < bands; ++band) {
-          const int64_t before = (plane * (bands - 1) + band) * call.rows;  // rows of the result that are not in `row`
-          written.provide((before + row) * width, (before + end) * width, result.element_size());
-        }
-        row = end;
-      }
-      rows(call, first, last, memory.get());
-    }
+    for (int64_t task = next(); task >= 0; task = next())
+      rows(call, task * size, std::min(total, (task + 1) * size), memory.get());
   });
 }
 
-bool may_stream(const Tensor& result, const ResultMemory& written) {
-  return written.past_caches() && result.size(result.dim() - 1) * result.element_size() % 128 == 0 &&
+bool may_stream(const Tensor& result) {
+  return ResultMemory(result).past_caches() && result.size(result.dim() - 1) * result.element_size() % 128 == 0 &&
          reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) % 64 == 0;
 }
 
@@ -202,10 +188,9 @@ Tensor wavelet_fwd(const Tensor& x, std::vector<double> taps_y, std::vector<doub
   const Horizontal horizontal(taps_x, mode_x, x.size(2), dilation, type);
   const Line line = horizontal.line();
   Tensor y = torch::stable::new_empty(x, {x.size(0), 4, rows, line.count});
-  const ResultMemory written(y);
-  const bool stream = may_stream(y, written) && (line.step == 1 || line.n == 2 * line.count);
+  const bool stream = may_stream(y) && (line.step == 1 || line.n == 2 * line.count);
   const Analysis call{type, plane(source), y.mutable_data_ptr(), rows, vertical.rows(), line, stream};
-  run<Analysis>(call, x.size(0), y, written, 4, [](const Analysis& c, int64_t begin, int64_t end, void* scratch) {
+  run<Analysis>(call, x.size(0), [](const Analysis& c, int64_t begin, int64_t end, void* scratch) {
     PSF_DISPATCH(wavelet_analysis, c, begin, end, scratch);
   });
   return y;
@@ -229,15 +214,14 @@ Tensor wavelet_bwd(const Tensor& a, const Tensor& h, const Tensor& v, const Tens
     bands.push_back(with_adjacent_columns(*band));
   }
   Tensor x = torch::stable::new_empty(a, {a.size(0), height, width});
-  const ResultMemory written(x);
   const Synthesis call{type,
                        {plane(bands[0]), plane(bands[1]), plane(bands[2]), plane(bands[3])},
                        x.mutable_data_ptr(),
                        height,
                        vertical.rows(),
                        line,
-                       may_stream(x, written) && line.borders == 0};
-  run<Synthesis>(call, a.size(0), x, written, 1, [](const Synthesis& c, int64_t begin, int64_t end, void* scratch) {
+                       may_stream(x) && line.borders == 0};
+  run<Synthesis>(call, a.size(0), [](const Synthesis& c, int64_t begin, int64_t end, void* scratch) {
     PSF_DISPATCH(wavelet_synthesis, c, begin, end, scratch);
   });
   return x;
