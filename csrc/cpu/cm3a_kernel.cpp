@@ -45,12 +45,13 @@ inline T sum_of(VectorOf<T> value) {
   return value[0];
 }
 
-// Rows become columns: in each step the blocks of `step` lanes off the diagonal change places.
-template <typename T>
-inline void transpose(VectorOf<T> (&rows)[kLanes<T>]) {
+// Rows become columns in each of the G x G squares that lie side by side: in each step the blocks of `step` lanes off
+// the diagonals change places.
+template <typename T, int64_t G>
+inline void transpose(VectorOf<T> (&rows)[G]) {
   constexpr int64_t L = kLanes<T>;
-  PSF_UNROLL for (int64_t step = 1; step < L; step *= 2) {
-    PSF_UNROLL for (int64_t i = 0; i < L; ++i) {
+  PSF_UNROLL for (int64_t step = 1; step < G; step *= 2) {
+    PSF_UNROLL for (int64_t i = 0; i < G; ++i) {
       if (i & step) continue;
       const VectorOf<T> a = rows[i], b = rows[i + step];
       rows[i] = shuffle<T>(a, b, [step](int64_t l) { return l & step ? L + l - step : l; });
@@ -104,6 +105,53 @@ void copy_line(const S* from, int64_t count, T* to) {
   for (; i < count; ++i) store_one(to + i, load_one(from + i));
 }
 
+// The next G channels of L pixels, adjacent in memory, to planes: vector i has those of the pixels i, i + G, ...
+template <int64_t G, typename S, typename T>
+inline void to_planes(const S* from, int64_t column, T* to, int64_t plane) {
+  constexpr int64_t L = kLanes<T>;
+  VectorOf<T> block[G];
+  PSF_UNROLL for (int64_t i = 0; i < G; ++i) {
+    S values[L];
+    PSF_UNROLL for (int64_t l = 0; l < L / G; ++l) {
+      __builtin_prefetch(from + (i + l * G + L) * column);
+      __builtin_memcpy(values + l * G, from + (i + l * G) * column, sizeof(S) * G);
+    }
+    block[i] = load(values);
+  }
+  transpose<T, G>(block);
+  PSF_UNROLL for (int64_t d = 0; d < G; ++d) store(to + d * plane, block[d]);
+}
+
+template <int64_t G, typename S, typename T>
+inline void from_planes(const T* from, int64_t plane, S* to, int64_t column) {
+  constexpr int64_t L = kLanes<T>;
+  VectorOf<T> block[G];
+  PSF_UNROLL for (int64_t d = 0; d < G; ++d) block[d] = load(from + d * plane);
+  transpose<T, G>(block);
+  PSF_UNROLL for (int64_t i = 0; i < G; ++i) {
+    S values[L];
+    store(values, block[i]);
+    PSF_UNROLL for (int64_t l = 0; l < L / G; ++l) {
+      __builtin_prefetch(to + (i + l * G + L) * column, 1);
+      __builtin_memcpy(to + (i + l * G) * column, values + l * G, sizeof(S) * G);
+    }
+  }
+}
+
+// body<G>(first channel) for all channels in groups as large as fit, of a vector at most; returns how many those cover.
+template <typename T, typename Body>
+inline int64_t in_groups(int64_t channels, Body body) {
+  int64_t d = 0;
+  const auto groups = [&]<int64_t G>() {
+    if constexpr (G <= kLanes<T>)
+      for (; d + G <= channels; d += G) body.template operator()<G>(d);
+  };
+  groups.template operator()<16>();
+  groups.template operator()<8>();
+  groups.template operator()<4>();
+  return d;
+}
+
 // Planes of the tile and `reach` pixels around it; zero outside the image and in the rest of the plane.
 template <typename S, typename T>
 void load_planes(const Call& call, const Map& map, int64_t image, int64_t head, const Tile& tile, int64_t reach,
@@ -133,16 +181,9 @@ void load_planes(const Call& call, const Map& map, int64_t image, int64_t head, 
     T* to = planes + tile.at(y, left);
     int64_t i = 0;
     for (; map.channel == 1 && i + L <= count; i += L, from += L * map.column, to += L) {
-      int64_t d = 0;
-      for (; d + L <= call.dim; d += L) {
-        VectorOf<T> block[L];
-        PSF_UNROLL for (int64_t l = 0; l < L; ++l) {
-          __builtin_prefetch(from + (l + L) * map.column + d);
-          block[l] = load(from + l * map.column + d);
-        }
-        transpose<T>(block);
-        PSF_UNROLL for (int64_t l = 0; l < L; ++l) store(to + (d + l) * tile.plane, block[l]);
-      }
+      int64_t d = in_groups<T>(call.dim, [&]<int64_t G>(int64_t first) {
+        to_planes<G>(from + first, map.column, to + first * tile.plane, tile.plane);
+      });
       for (; d < call.dim; ++d)
         for (int64_t l = 0; l < L; ++l) to[d * tile.plane + l] = load_one(from + l * map.column + d);
     }
@@ -170,16 +211,9 @@ void store_planes(const Call& call, const Map& map, int64_t image, int64_t head,
     const T* from = planes + tile.at(y, tile.left);
     int64_t i = 0;
     for (; map.channel == 1 && i + L <= count; i += L, to += L * map.column, from += L) {
-      int64_t d = 0;
-      for (; d + L <= call.dim; d += L) {
-        VectorOf<T> block[L];
-        PSF_UNROLL for (int64_t l = 0; l < L; ++l) block[l] = load(from + (d + l) * tile.plane);
-        transpose<T>(block);
-        PSF_UNROLL for (int64_t l = 0; l < L; ++l) {
-          __builtin_prefetch(to + (l + L) * map.column + d, 1);
-          store(to + l * map.column + d, block[l]);
-        }
-      }
+      int64_t d = in_groups<T>(call.dim, [&]<int64_t G>(int64_t first) {
+        from_planes<G>(from + first * tile.plane, tile.plane, to + first, map.column);
+      });
       for (; d < call.dim; ++d)
         for (int64_t l = 0; l < L; ++l) store_one(to + l * map.column + d, from[d * tile.plane + l]);
     }
