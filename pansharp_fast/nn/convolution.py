@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,8 +19,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Bytes of an MLP's hidden values that are worked on at a time.
 _STRIP_BYTES = 4 << 20
-
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Conv3x3(nn.Conv2d):
@@ -122,7 +121,7 @@ def mlp(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
     At inference on the CPU oneDNN computes it, a strip of pixels at a time: what stands between stays in the cache.
     """
     fits = first.weight.dtype == second.weight.dtype == x.dtype and not torch.compiler.is_compiling()
-    if not (_ONEDNN and fits and inference(x)):
+    if not (fits and inference(x) and _onednn_multiplies(x.dtype)):
         return second(F.gelu(first(x), approximate="tanh"))
     linear: Any = torch.ops.mkldnn._linear_pointwise
     pixels = x.reshape(-1, first.in_features)
@@ -132,6 +131,17 @@ def mlp(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
         hidden = linear(strip, first.weight, first.bias, "gelu", [], "tanh")
         result.copy_(linear(hidden, second.weight, second.bias, "none", [], ""))
     return out.view(*x.shape[:-1], -1)
+
+
+@functools.cache
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has linear layers of this dtype on this CPU."""
+    operators: Any = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and hasattr(operators, "_linear_pointwise")):
+        return False
+    if dtype == torch.bfloat16:
+        return operators._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or operators._is_mkldnn_fp16_supported()
 
 
 def inference(x: Tensor) -> bool:

@@ -62,7 +62,7 @@ def test_norm_silu_conv(batch, kind, modulated):
         assert calls(lambda: norm_silu_conv(layers, x, **options)) == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(2, 5), (3, 11), (0, 4)])  # one strip, several, none
 def test_mlp(monkeypatch, shape, dtype):
     monkeypatch.setattr(convolution, "_STRIP_BYTES", 24 * 4 * 10)
