@@ -54,8 +54,8 @@ class Operator:
     name: str
     support: Mapping[str, Support]
     selfcheck: Callable[[str, torch.device], None] | None = None
-    failed: dict[tuple[str, str], str] = field(default_factory=dict, compare=False)
-    passed: set[tuple[str, str]] = field(default_factory=set, compare=False)
+    failed: dict[tuple[str, torch.device], str] = field(default_factory=dict, compare=False)
+    passed: set[tuple[str, torch.device]] = field(default_factory=set, compare=False)
 
 
 #: name -> declaration, filled by the operators' own modules.
@@ -143,8 +143,8 @@ def reasons(operator: Operator, backend: str, tensors: Sequence[torch.Tensor], *
             break
     if support.check is not None:
         found.extend(support.check(*tensors, **options))
-    if (backend, tensors[0].device.type) in operator.failed:
-        found.append(operator.failed[backend, tensors[0].device.type])
+    if (backend, tensors[0].device) in operator.failed:
+        found.append(operator.failed[backend, tensors[0].device])
     return found
 
 
@@ -217,10 +217,10 @@ def _log_once(operator: str, backend: str, device: str, skipped: list[str]) -> N
 
 
 def _selfcheck(operator: Operator, backend: str, device: torch.device) -> bool:
-    """Compare a GPU backend with the reference on a tiny input, once a process; True where it may be used."""
+    """Compare a GPU backend with the reference on a tiny input, once a device; True where it may be used."""
     if operator.selfcheck is None or backend not in ("cuda", "triton") or device.type == "cpu":
         return True
-    key = (backend, device.type)
+    key = (backend, device)
     if key in operator.passed:
         return True
     if key in operator.failed:
