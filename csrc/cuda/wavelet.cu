@@ -24,7 +24,7 @@ constexpr int kMostTaps = 104;  // of all filters of PyWavelets; four filters in
 constexpr int kThreads = 256;   // of a block for two taps
 constexpr int kLine = 16;       // results of a thread, and rows of a tile, along H
 
-// Columns of a tile, a thread each, at most; the longest filters reach over 206. Few leave more registers.
+// Columns of a tile, a thread each, at most. Filters of any length need 214: the longest reach over 206.
 constexpr int columns_of(int taps) { return taps > 0 ? 160 : 224; }
 
 // Blocks of a multiprocessor that share its registers: as many as need no spills.
@@ -229,10 +229,10 @@ __global__ void __launch_bounds__(columns_of(kTaps), blocks_of(kTaps, sizeof(A),
   }
   __syncthreads();
 
-  // Threads of column c and c + s.x.tile take the upper and lower rows of a tile in turn.
+  // Eight rows a thread: there are two columns to a coefficient (or, stationary, two turns), so none is idle.
   constexpr int kRows = 8;
   const int64_t width = s.x.count * dilation, band = s.y.count * dilation * width;
-  for (int t = thread; t < kLine / kRows * s.x.tile; t += columns) {
+  for (int t = thread; t < kLine / kRows * s.x.tile; t += blockDim.x) {
     const int group = t >= s.x.tile, c = group ? t - s.x.tile : t;
     const int i = p.y0 + group * kRows, j = p.x0 + c;
     if (i >= s.y.count || j >= s.x.count) continue;
@@ -669,7 +669,7 @@ struct Plan {
 };
 
 Plan plan_of(const Axis& y, const Axis& x, int64_t dilation, const std::vector<Tensor>& sources, bool synthesis) {
-  STD_TORCH_CHECK(y.step == x.step, "mode: expected both axes stationary or none");
+  STD_TORCH_CHECK(y.step == x.step, "mode: expected both axes stationary or none, got one");
   const int step = y.step;
   Plan plan{};
   Shape& s = plan.shape;
@@ -688,16 +688,16 @@ Plan plan_of(const Axis& y, const Axis& x, int64_t dilation, const std::vector<T
   s.left = std::min<int>(x.count, divide_up(s.x.before, step));
   s.right = std::min<int>(x.count, divide_up(s.x.after, step));
   const int scale = synthesis ? 1 : step, reach = synthesis ? x.taps / step - 1 + s.left + s.right : x.taps - step;
-  // The tile width that leaves the fewest lanes idle, of those with few columns or 8 results.
+  // The tile width that leaves the fewest lanes idle.
+  const int most = std::max(8, (columns_of(1) - reach) / scale);
   int64_t least = INT64_MAX;
-  for (int64_t tiles = divide_up(results[1], std::max(8, (columns_of(1) - reach) / scale));; ++tiles) {
-    const int64_t tile = divide_up(results[1], tiles), lanes = tiles * divide_up(scale * tile + reach, 32) * 32;
-    if (lanes < least) {
-      least = lanes;
-      s.x.tile = static_cast<int>(tile);
-      s.x.tiles = divisor(tiles);
-    }
-    if (tile <= 32) break;
+  for (int width = most; width >= std::min(most, 32); --width) {
+    const int64_t tiles = divide_up(results[1], width), tile = divide_up(results[1], tiles);
+    const int64_t lanes = tiles * divide_up(scale * tile + reach, 32) * 32;
+    if (lanes >= least) continue;
+    least = lanes;
+    s.x.tile = static_cast<int>(tile);
+    s.x.tiles = divisor(tiles);
   }
   s.columns = scale * s.x.tile + reach;
   s.y.tiles = divisor(divide_up(results[0], s.y.tile));

@@ -46,6 +46,14 @@ def test_tiles_away_from_the_border(ops, mode, wavelet):
     agrees(ops, level(wavelet, mode), (1, 75, 966))
 
 
+@pytest.mark.parametrize("modes", [("zero", "smooth"), ("antireflect", "zero"), ("periodization", "symmetric")])
+@pytest.mark.parametrize("wavelet", ["haar", "db3", "db4"])
+def test_a_mode_for_each_axis(ops, modes, wavelet):
+    one = level(wavelet, modes[0])._replace(mode_x=MODES.index(modes[1]))
+    for shape in ((2, 19, 35), (1, 75, 966)):
+        agrees(ops, one, shape)
+
+
 @pytest.mark.parametrize("mode", ["zero", "symmetric", "periodization", "smooth", "antireflect", "stationary"])
 @pytest.mark.parametrize("wavelet", ["dmey", "coif17"])
 def test_long_filters(ops, mode, wavelet):
@@ -116,7 +124,7 @@ def test_index_arithmetic_beyond_32_bits(ops, tmp_path):
         torch.testing.assert_close(ops.wavelet_fwd(x, *one), _analysis(x.contiguous(), one, "reference"))
 
 
-@pytest.mark.parametrize("after", ["  // Threads of", "  const int c0"])
+@pytest.mark.parametrize("after", ["  // Eight rows", "  const int c0"])
 def test_planted_fault_is_noticed(monkeypatch, after):
     faulty = simt.load(SOURCE, NAMES, (f"  __syncthreads();\n\n{after}", after, 0))
     for order in ("forward", "shuffle"):  # threads read to their right: what "reverse" has run already
