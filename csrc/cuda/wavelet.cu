@@ -1,21 +1,18 @@
 // Wavelet transforms: one level over rows and columns at once; pansharp_fast/reference/wavelet.py states the equations.
 //
-// General filters: a block owns a tile of the result. Analysis filters every input row that the tile needs along W into
-// shared memory (two lines, low and high pass), then along H; synthesis first along W, then along H, the other way.
-// Border samples follow csrc/math/wavelet.h; blocks away from the border take none of those branches.
+// General filters: a block owns a tile of the result. A thread filters a column of the input along H in registers (a
+// window that slides over the taps) into shared memory, low and high pass side by side; after a barrier, threads filter
+// these lines along W. Border samples follow csrc/math/wavelet.h, evaluated once for each row and column of a tile;
+// tiles away from the border do without. Analysis and synthesis differ in the direction of the window only.
 // A dilated (stationary) transform is an undilated one of each of dilation^2 interleaved images.
 //
-// Haar: threads read squares of 2 x 2 (vectors of them) and write four bands, or the reverse; no shared memory.
+// Two taps without a border, or stationary: threads join packs of 2 x 2 samples, no shared memory.
 //
 // Bytes: every kernel reads its input once from memory (overlaps from the caches) and writes its output once.
+#include <algorithm>
+
 #include "cuda/runtime.cuh"
 #include "math/wavelet.h"
-
-#ifdef PSF_SIMT
-#define PSF_NOINLINE
-#else
-#define PSF_NOINLINE __noinline__
-#endif
 
 namespace {
 
@@ -24,163 +21,288 @@ using torch::stable::Tensor;
 using namespace psf::wavelet;
 
 constexpr int kMostTaps = 104;  // of all filters of PyWavelets; four filters in float64 still fit a kernel's parameters
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;   // of a block for two taps
+constexpr int kLine = 16;       // results of a thread, and rows of a tile, along H
+
+// Columns of a tile, a thread each, at most. Filters of any length need 214: the longest reach over 206.
+constexpr int columns_of(int taps) { return taps > 0 ? 160 : 224; }
+
+// Blocks of a multiprocessor that share its registers: as many as need no spills.
+constexpr int blocks_of(int taps, size_t bytes, int few) { return bytes > 4 ? 1 : taps > 0 ? few : 2; }
+
+template <class T, int kSize>
+struct alignas(sizeof(T) * kSize < 16 ? sizeof(T) * kSize : 16) Pack {
+  T value[kSize];
+};
+
+template <class T, int kSize>
+__device__ inline Pack<T, kSize> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, kSize>*>(from);
+}
+
+// Division of 0 <= n < 2^31 by a constant of the launch.
+struct Divisor {
+  int value;
+  uint32_t multiplier, shift;
+};
+
+__device__ inline int divide(int n, const Divisor& d) {
+  return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * d.multiplier >> d.shift);
+}
 
 template <class A>
 struct Taps {
   A y[2][kMostTaps], x[2][kMostTaps];  // low, high
 };
 
+// A step joins `step` results of synthesis: those of step s are step s + offset - q with 0 <= q < step, made by the
+// taps step m + q of the coefficients s + m. Tiles are of coefficients (analysis) or of steps (synthesis).
 struct Axis {
-  int64_t mode, size, count;  // samples and coefficients (of one interleaved image)
+  int mode, size, count;  // samples and coefficients (of one interleaved image)
   int taps, step, offset;
+  int first, tile;    // step of synthesis at which the first tile starts; coefficients or steps of a tile
+  int before, after;  // extended positions before and after the samples that take part in synthesis
+  Divisor tiles;
 };
 
 struct Shape {
   Axis y, x;
-  int64_t dilation;
-  int tile_y, tile_x;        // of the result
-  int64_t tiles_y, tiles_x;  // that many tiles
-  int lines;                 // rows of the intermediate tile
+  Divisor dilation;
+  int columns;               // of a tile's lines, at most one a thread
+  int left, right;           // further columns for synthesis at the border: first and last of the coefficients
+  bool packed;               // results of a step along W are aligned
   int64_t plane[4], row[4];  // strides of the input: x, or the four bands
 };
 
 // What a block works on: its plane, its interleaved image and its tile.
 struct Place {
-  int64_t plane, phase_y, phase_x, y0, x0;
+  int plane, phase_y, phase_x, y0, x0;
 };
 
-__device__ inline Place place_of(int64_t block, const Shape& s) {
+__device__ inline Place place_of(int block, const Shape& s) {
+  const auto next = [&](const Divisor& d) {
+    const int all = block;
+    block = divide(all, d);
+    return all - block * d.value;
+  };
   Place p;
-  p.x0 = block % s.tiles_x * s.tile_x;
-  block /= s.tiles_x;
-  p.y0 = block % s.tiles_y * s.tile_y;
-  block /= s.tiles_y;
-  p.phase_x = block % s.dilation;
-  block /= s.dilation;
-  p.phase_y = block % s.dilation;
-  p.plane = block / s.dilation;
+  p.x0 = next(s.x.tiles) * s.x.tile;
+  p.y0 = next(s.y.tiles) * s.y.tile;
+  p.phase_x = next(s.dilation);
+  p.phase_y = next(s.dilation);
+  p.plane = block;
   return p;
 }
 
-// sum_k f[k] e[position - k] of one row, low and high pass.
-template <int kTaps, class T, class A>
-__device__ inline void filter_row(const T* row, int64_t stride, int64_t position, const Axis& axis, const A* f,
-                                  const A* g, A& low, A& high) {
-  const int taps = kTaps > 0 ? kTaps : axis.taps;
-  low = high = A(0);
-  if (position - taps + 1 >= 0 && position < axis.size) {
-    const T* last = row + position * stride;
-#pragma unroll(kTaps > 0 ? kTaps : 4)
-    for (int k = 0; k < taps; ++k) {
-      const A value = static_cast<A>(last[-k * stride]);
-      low += f[k] * value;
-      high += g[k] * value;
-    }
-    return;
-  }
-  for (int k = 0; k < taps; ++k) {
-    const Extension e = extension(axis.mode, position - k, axis.size);
-    A value = A(0);
+// An extended sample as a sum of samples; terms that are not there have weight zero.
+template <class A>
+struct Source {
+  struct {
+    int index;
+    A weight;
+  } term[3];
+};
+
+template <class A>
+__device__ inline Source<A> source_of(const Axis& axis, int position) {
+  const Extension e = extension(axis.mode, position, axis.size);
+  Source<A> source;
 #pragma unroll
-    for (int t = 0; t < 3; ++t)
-      if (t < e.count) value += static_cast<A>(e.weight[t]) * static_cast<A>(row[e.index[t] * stride]);
-    low += f[k] * value;
-    high += g[k] * value;
+  for (int t = 0; t < 3; ++t) source.term[t] = {static_cast<int>(e.index[t]), static_cast<A>(e.weight[t])};
+  return source;
+}
+
+__device__ inline int terms_of(const Axis& axis) {
+  return axis.mode == kSmooth ? 2 : axis.mode == kAntireflect ? 3 : 1;
+}
+
+// Calls use(load), where load(n) gives sample n, inner(n) or the sum of border(n, term): all `kCount` read at once, so
+// that none waits for another, or (kCount = 0) each as it is needed.
+template <int kCount, class A, class Inner, class Border, class Use>
+__device__ inline void with_samples(bool inside, int terms, Inner inner, Border border, Use use) {
+  if constexpr (kCount > 0) {
+    A samples[kCount];
+    if (inside) {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) samples[n] = inner(n);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) samples[n] = border(n, 0);
+#pragma unroll 1
+      for (int t = 1; t < terms; ++t)
+#pragma unroll
+        for (int n = 0; n < kCount; ++n) samples[n] += border(n, t);
+    }
+    use([&](int n) { return samples[n]; });
+  } else {
+    use([&](int n) {
+      A sum = inside ? inner(n) : border(n, 0);
+#pragma unroll 1
+      for (int t = 1; t < (inside ? 1 : terms); ++t) sum += border(n, t);
+      return sum;
+    });
   }
 }
 
-template <class T, class A, int kTaps>
-__global__ void __launch_bounds__(kThreads)
-    analysis_kernel(const T* x, T* y, const __grid_constant__ Shape s, const __grid_constant__ Taps<A> f) {
-  PSF_DYNAMIC_SHARED(A, lines);  // low, then high: [2][s.lines][s.tile_x]
-  const int taps = kTaps > 0 ? kTaps : s.y.taps;
-  const Place p = place_of(blockIdx.x, s);
-  const T* image = x + p.plane * s.plane[0] + p.phase_y * s.row[0] + p.phase_x;
-  const int64_t first = s.y.step * p.y0 + s.y.offset - (taps - 1);  // extended row of line 0
-  A* high_lines = lines + s.lines * s.tile_x;
-
-  for (int t = threadIdx.x; t < s.lines * s.tile_x; t += kThreads) {
-    const int64_t j = p.x0 + t % s.tile_x;
-    A low = A(0), high = A(0);
-    if (j < s.x.count) {
-      const Extension e = extension(s.y.mode, first + t / s.tile_x, s.y.size);
-#pragma unroll 1
-      for (int a = 0; a < e.count; ++a) {
-        A l, h;
-        const int64_t index = a == 0 ? e.index[0] : a == 1 ? e.index[1] : e.index[2];
-        const int64_t weight = a == 0 ? e.weight[0] : a == 1 ? e.weight[1] : e.weight[2];
-        filter_row<kTaps>(image + index * s.dilation * s.row[0], s.dilation, s.x.step * j + s.x.offset, s.x, f.x[0],
-                          f.x[1], l, h);
-        low += static_cast<A>(weight) * l;
-        high += static_cast<A>(weight) * h;
+// low[r] = sum_k f[k] e[kStep r + taps - 1 - k], high[r] likewise with g.
+template <int kTaps, int kStep, class A, class Load>
+__device__ inline void filter(int taps, const A* f, const A* g, Load load, A (&low)[kLine], A (&high)[kLine]) {
+  A window[kStep][kLine];
+#pragma unroll
+  for (int r = 0; r < kLine; ++r)
+#pragma unroll
+    for (int q = 0; q < kStep; ++q) window[q][r] = load(kStep * r + taps - 1 - q);
+#pragma unroll(kTaps > 0 ? kTaps / kStep : 1)
+  for (int m = 0; m < taps / kStep; ++m) {
+#pragma unroll
+    for (int q = 0; q < kStep; ++q) {
+      const int k = kStep * m + q;
+      if (m > 0) {
+#pragma unroll
+        for (int r = kLine - 1; r > 0; --r) window[q][r] = window[q][r - 1];
+        window[q][0] = load(taps - 1 - k);
+      }
+#pragma unroll
+      for (int r = 0; r < kLine; ++r) {
+        low[r] += f[k] * window[q][r];
+        high[r] += g[k] * window[q][r];
       }
     }
-    lines[t] = low;
-    high_lines[t] = high;
+  }
+}
+
+template <class T, class A, int kTaps, int kStep>
+__global__ void __launch_bounds__(columns_of(kTaps), blocks_of(kTaps, sizeof(A), 3))
+    analysis_kernel(const T* x, T* y, const __grid_constant__ Shape s, const __grid_constant__ Taps<A> f) {
+  PSF_DYNAMIC_SHARED(A, lines);  // [kLine][columns][low, high], then the sources of rows and columns
+  const int taps_y = kTaps > 0 ? kTaps : s.y.taps, taps_x = kTaps > 0 ? kTaps : s.x.taps;
+  const int columns = s.columns, rows = kStep * (kLine - 1) + taps_y, thread = threadIdx.x;
+  auto* sources_y = reinterpret_cast<Source<A>*>(lines + 2 * kLine * columns);
+  const Source<A>* sources_x = sources_y + rows;
+
+  const Place p = place_of(blockIdx.x, s);
+  const int dilation = s.dilation.value;
+  const int first_y = kStep * p.y0 + s.y.offset - (taps_y - 1), first_x = kStep * p.x0 + s.x.offset - (taps_x - 1);
+  const bool inner_y = first_y >= 0 && first_y + rows <= s.y.size;
+  const bool inner_x = first_x >= 0 && first_x + columns <= s.x.size;
+  if (!inner_y || !inner_x) {
+    for (int t = thread; t < rows + columns; t += blockDim.x)
+      sources_y[t] = source_of<A>(t < rows ? s.y : s.x, t < rows ? first_y + t : first_x + t - rows);
+    __syncthreads();
+  }
+
+  if (thread < columns) {
+    const T* image = x + p.plane * s.plane[0] + p.phase_y * s.row[0] + p.phase_x;
+    const int64_t row = s.row[0] * dilation;
+    Pack<A, 2>* line = reinterpret_cast<Pack<A, 2>*>(lines) + thread;
+    for (int term = 0; term < (inner_x ? 1 : terms_of(s.x)); ++term) {
+      const A weight = inner_x ? A(1) : sources_x[thread].term[term].weight;
+      if (term > 0 && weight == A(0)) continue;
+      A low[kLine] = {}, high[kLine] = {};
+      if (weight != A(0)) {
+        const T* column = image + (inner_x ? first_x + thread : sources_x[thread].term[term].index) * dilation;
+        const T* from = column + first_y * row;
+        with_samples<kTaps == 0 ? 0 : kStep * (kLine - 1) + kTaps, A>(
+            inner_y, terms_of(s.y), [&](int n) { return static_cast<A>(from[n * row]); },
+            [&](int n, int t) {
+              const auto e = sources_y[n].term[t];
+              return e.weight == A(0) ? A(0) : e.weight * static_cast<A>(column[e.index * row]);
+            },
+            [&](auto load) { filter<kTaps, kStep>(taps_y, f.y[0], f.y[1], load, low, high); });
+      }
+      if (weight != A(1))
+#pragma unroll
+        for (int r = 0; r < kLine; ++r) {
+          low[r] *= weight;
+          high[r] *= weight;
+        }
+      if (term > 0)
+#pragma unroll
+        for (int r = 0; r < kLine; ++r) {
+          const Pack<A, 2> before = line[r * columns];
+          low[r] += before.value[0];
+          high[r] += before.value[1];
+        }
+#pragma unroll
+      for (int r = 0; r < kLine; ++r) line[r * columns] = {low[r], high[r]};
+    }
   }
   __syncthreads();
 
-  const int64_t width = s.x.count * s.dilation, band = s.y.count * s.dilation * width;
-  for (int t = threadIdx.x; t < s.tile_y * s.tile_x; t += kThreads) {
-    const int64_t i = p.y0 + t / s.tile_x, j = p.x0 + t % s.tile_x;
+  // Eight rows a thread: there are two columns to a coefficient (or, stationary, two turns), so none is idle.
+  constexpr int kRows = 8;
+  const int64_t width = s.x.count * dilation, band = s.y.count * dilation * width;
+  for (int t = thread; t < kLine / kRows * s.x.tile; t += blockDim.x) {
+    const int group = t >= s.x.tile, c = group ? t - s.x.tile : t;
+    const int i = p.y0 + group * kRows, j = p.x0 + c;
     if (i >= s.y.count || j >= s.x.count) continue;
-    A sums[4] = {A(0), A(0), A(0), A(0)};
-    const int at = (s.y.step * (t / s.tile_x) + taps - 1) * s.tile_x + t % s.tile_x;
-#pragma unroll(kTaps > 0 ? kTaps : 4)
-    for (int k = 0; k < taps; ++k) {
-      const A low = lines[at - k * s.tile_x], high = high_lines[at - k * s.tile_x];
-      sums[0] += f.y[0][k] * low;
-      sums[1] += f.y[1][k] * low;
-      sums[2] += f.y[0][k] * high;
-      sums[3] += f.y[1][k] * high;
-    }
-    T* out = y + p.plane * 4 * band + (i * s.dilation + p.phase_y) * width + j * s.dilation + p.phase_x;
-    for (int b = 0; b < 4; ++b) out[b * band] = static_cast<T>(sums[b]);
-  }
-}
-
-// Calls use(position, weight) for every extended position that takes sample n, the sample itself first. One loop and
-// one call of `use`, so that it is compiled once.
-template <class Use>
-__device__ inline void for_positions(const Axis& axis, int64_t n, Use use) {
-  const int64_t begin = axis.offset - (axis.taps - 1), end = axis.step * (axis.count - 1) + axis.offset + 1;
-  const int64_t before = begin < 0 ? -begin : 0, after = end > axis.size ? end - axis.size : 0;
-  const int64_t reach = before > after ? before : after;
-  const bool inner = axis.mode == kZero || (n > reach && n < axis.size - 1 - reach);
-  const int64_t last = inner ? 0 : before + after;
-#pragma unroll 1
-  for (int64_t b = -1; b < last; ++b) {
-    int64_t position = n, weight = 1;
-    if (b >= 0) {
-      position = b < before ? b - before : axis.size + b - before;
-      const Extension e = extension(axis.mode, position, axis.size);
-      weight = 0;  // no two terms of a border sample are the same sample, but those of antireflect on two samples
+    A sums[kRows][4] = {};
+    const A* at = lines + 2 * (group * kRows * columns + kStep * c + taps_x - kStep);
+#pragma unroll(kTaps > 0 ? kTaps / kStep : 1)
+    for (int m = 0; m < taps_x / kStep; ++m)
 #pragma unroll
-      for (int t = 0; t < 3; ++t) weight += t < e.count && e.index[t] == n ? e.weight[t] : 0;
-      if (weight == 0) continue;
-    }
-    use(position, weight);
+      for (int r = 0; r < kRows; ++r) {
+        const auto line = load_pack<A, 2 * kStep>(at + 2 * (r * columns - kStep * m));
+#pragma unroll
+        for (int q = 0; q < kStep; ++q)
+#pragma unroll
+          for (int b = 0; b < 4; ++b) sums[r][b] += f.x[b / 2][kStep * m + q] * line.value[2 * (kStep - 1 - q) + b % 2];
+      }
+    T* out = y + 4 * band * p.plane + (int64_t{i} * dilation + p.phase_y) * width + j * dilation + p.phase_x;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r, out += dilation * width)
+      if (i + r < s.y.count)
+#pragma unroll
+        for (int b = 0; b < 4; ++b) out[b * band] = static_cast<T>(sums[r][b]);
   }
 }
 
-// Calls use(coefficient, k) for every coefficient that tap k of the filters joins to an extended position.
-template <int kTaps, class Use>
-__device__ inline void for_coefficients(const Axis& axis, int64_t position, Use use) {
-  const int taps = kTaps > 0 ? kTaps : axis.taps;
-  const int64_t from = position - axis.offset;
-  if (axis.step == 1) {
-    for (int k = 0; k < taps; ++k)
-      if (from + k >= 0 && from + k < axis.count) use(from + k, k);
-    return;
+// sums[kStep g + kStep - 1 - q] += sum_m f[kStep m + q] y[g + m].
+template <int kTaps, int kStep, class A, class Load>
+__device__ inline void join(int taps, const A* f, Load load, A (&sums)[kLine]) {
+  constexpr int kSteps = kLine / kStep;
+  A window[kSteps];
+#pragma unroll
+  for (int g = 0; g < kSteps; ++g) window[g] = load(g);
+#pragma unroll(kTaps > 0 ? kTaps / kStep : 1)
+  for (int m = 0; m < taps / kStep; ++m) {
+    if (m > 0) {
+#pragma unroll
+      for (int g = 0; g < kSteps - 1; ++g) window[g] = window[g + 1];
+      window[kSteps - 1] = load(kSteps - 1 + m);
+    }
+#pragma unroll
+    for (int q = 0; q < kStep; ++q)
+#pragma unroll
+      for (int g = 0; g < kSteps; ++g) sums[kStep * g + kStep - 1 - q] += f[kStep * m + q] * window[g];
   }
-  const int odd = static_cast<int>(from & 1);
-#pragma unroll(kTaps > 0 ? kTaps / 2 : 4)
-  for (int m = 0; m < taps / 2; ++m) {
-    const int k = 2 * m + odd;
-    const int64_t i = (from + k) / 2;  // even and, where it counts, not negative
-    if (from + k >= 0 && i < axis.count) use(i, k);
+}
+
+// Weights with which results first, first + 1, ... are part of an extended sample; whether any is.
+template <class A, int kCount>
+__device__ inline bool weights_of(const Source<A>& e, int first, A (&weights)[kCount]) {
+  bool any = false;
+#pragma unroll
+  for (int r = 0; r < kCount; ++r) weights[r] = A(0);
+#pragma unroll
+  for (int t = 0; t < 3; ++t) {
+    const int r0 = e.term[t].index - first;
+    any |= e.term[t].weight != A(0) && r0 >= 0 && r0 < kCount;
+#pragma unroll
+    for (int r = 0; r < kCount; ++r) weights[r] += r0 == r ? e.term[t].weight : A(0);
   }
+  return any;
+}
+
+// Extended position b of those outside the samples.
+__device__ inline int outer_position(const Axis& axis, int b) {
+  return b < axis.before ? b - axis.before : axis.size + b - axis.before;
+}
+
+// Whether positions outside the samples may be made of results first to last.
+__device__ inline bool takes_border(const Axis& axis, int first, int last) {
+  const int reach = axis.before > axis.after ? axis.before : axis.after;
+  return reach > 0 && (first <= reach || last >= axis.size - 1 - reach);
 }
 
 template <class T>
@@ -188,110 +310,159 @@ struct Bands {
   const T* band[4];
 };
 
-// Column c of coefficient row i after synthesis along W: low and high pass along H.
-template <int kTaps, class T, class A>
-__device__ inline void join_row(const T* const* rows, int64_t stride, const Axis& axis, const Taps<A>& f, int64_t c,
-                                A& low, A& high) {
-  low = high = A(0);
-  for_positions(axis, c, [&](int64_t position, int64_t weight) {
-    A l = A(0), h = A(0);
-    for_coefficients<kTaps>(axis, position, [&](int64_t j, int k) {
-      l += f.x[0][k] * static_cast<A>(rows[0][j * stride]) + f.x[1][k] * static_cast<A>(rows[2][j * stride]);
-      h += f.x[0][k] * static_cast<A>(rows[1][j * stride]) + f.x[1][k] * static_cast<A>(rows[3][j * stride]);
-    });
-    low += static_cast<A>(weight) * l;
-    high += static_cast<A>(weight) * h;
-  });
-}
-
-// join_row for a row outside the block's tile: only borders that wrap around need one.
-template <class T, class A>
-PSF_NOINLINE __device__ void far_row(const T* const* rows, int64_t stride, const Axis& axis, const Taps<A>& f,
-                                     int64_t c, A& low, A& high) {
-  join_row<0>(rows, stride, axis, f, c, low, high);
-}
-
-template <class T, class A, int kTaps>
-__global__ void __launch_bounds__(kThreads)
+template <class T, class A, int kTaps, int kStep>
+__global__ void __launch_bounds__(columns_of(kTaps), blocks_of(kTaps, sizeof(A), 4))
     synthesis_kernel(Bands<T> bands, T* x, const __grid_constant__ Shape s, const __grid_constant__ Taps<A> f) {
-  PSF_DYNAMIC_SHARED(A, lines);  // low, then high: [2][s.lines][s.tile_x]
-  const Place p = place_of(blockIdx.x, s);
-  A* high_lines = lines + s.lines * s.tile_x;
-  const auto rows_of = [&](int64_t i, const T** rows) {
-    for (int b = 0; b < 4; ++b)
-      rows[b] = bands.band[b] + p.plane * s.plane[b] + (i * s.dilation + p.phase_y) * s.row[b] + p.phase_x;
-  };
-  const int64_t from = p.y0 - s.y.offset;
-  const int64_t first = s.y.step == 1 ? from : (from - (from & 1)) / 2;  // coefficient row of line 0
+  PSF_DYNAMIC_SHARED(A, lines);  // [kLine][columns][low, high], then the sources of outer rows and columns
+  constexpr int kSteps = kLine / kStep;
+  const int taps_y = kTaps > 0 ? kTaps : s.y.taps, taps_x = kTaps > 0 ? kTaps : s.x.taps;
+  const int columns = s.columns, own = s.x.tile + taps_x / kStep - 1, thread = threadIdx.x;
+  const int outer_y = s.y.before + s.y.after, outer_x = s.x.before + s.x.after;
+  auto* sources_y = reinterpret_cast<Source<A>*>(lines + 2 * kLine * columns);
+  const Source<A>* sources_x = sources_y + outer_y;
 
-  for (int t = threadIdx.x; t < s.lines * s.tile_x; t += kThreads) {
-    const int64_t i = first + t / s.tile_x, c = p.x0 + t % s.tile_x;
-    A low = A(0), high = A(0);
-    if (i >= 0 && i < s.y.count && c < s.x.size) {
-      const T* rows[4];
-      rows_of(i, rows);
-      join_row<kTaps>(rows, s.dilation, s.x, f, c, low, high);
+  const Place p = place_of(blockIdx.x, s);
+  const int dilation = s.dilation.value;
+  const int step_y = s.y.first + p.y0, step_x = s.x.first + p.x0;
+  const int row0 = kStep * step_y + s.y.offset - (kStep - 1), column0 = kStep * step_x + s.x.offset - (kStep - 1);
+  const bool inner_y = step_y >= 0 && step_y + kSteps + taps_y / kStep - 1 <= s.y.count;
+  const bool border_y = takes_border(s.y, row0, row0 + kLine - 1);
+  const bool border_x = takes_border(s.x, column0, column0 + kStep * s.x.tile - 1);
+  if (border_y || border_x) {
+    for (int t = thread; t < outer_y + outer_x; t += blockDim.x) {
+      const Axis& axis = t < outer_y ? s.y : s.x;
+      sources_y[t] = source_of<A>(axis, outer_position(axis, t < outer_y ? t : t - outer_y));
     }
-    lines[t] = low;
-    high_lines[t] = high;
+    __syncthreads();
+  }
+
+  if (thread < (border_x ? columns : own)) {
+    const int j = thread < own ? step_x + thread : thread < own + s.left ? thread - own : thread - columns + s.x.count;
+    A low[kLine] = {}, high[kLine] = {};
+    if (j >= 0 && j < s.x.count) {
+      const T* column[4];
+      int64_t row[4];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        column[b] = bands.band[b] + p.plane * s.plane[b] + p.phase_y * s.row[b] + p.phase_x + j * dilation;
+        row[b] = s.row[b] * dilation;
+        const T* from = column[b] + step_y * row[b];
+        with_samples<kTaps == 0 ? 0 : kSteps + kTaps / kStep - 1, A>(
+            inner_y, 1, [&](int n) { return static_cast<A>(from[n * row[b]]); },
+            [&](int n, int) {
+              return step_y + n >= 0 && step_y + n < s.y.count ? static_cast<A>(from[n * row[b]]) : A(0);
+            },
+            [&](auto load) { join<kTaps, kStep>(taps_y, f.y[b % 2], load, b < 2 ? low : high); });
+      }
+#pragma unroll 1
+      for (int o = 0; o < (border_y ? outer_y : 0); ++o) {
+        A weights[kLine];
+        if (!weights_of(sources_y[o], row0, weights)) continue;
+        const int from = outer_position(s.y, o) - s.y.offset, q = from & (kStep - 1);
+        A l = A(0), h = A(0);
+#pragma unroll 1
+        for (int k = q, i = (from + q) / kStep; k < taps_y; k += kStep, ++i) {
+          if (i < 0 || i >= s.y.count) continue;
+          l += f.y[0][k] * static_cast<A>(column[0][i * row[0]]) + f.y[1][k] * static_cast<A>(column[1][i * row[1]]);
+          h += f.y[0][k] * static_cast<A>(column[2][i * row[2]]) + f.y[1][k] * static_cast<A>(column[3][i * row[3]]);
+        }
+#pragma unroll
+        for (int r = 0; r < kLine; ++r) {
+          low[r] += weights[r] * l;
+          high[r] += weights[r] * h;
+        }
+      }
+    }
+    Pack<A, 2>* line = reinterpret_cast<Pack<A, 2>*>(lines) + thread;
+#pragma unroll
+    for (int r = 0; r < kLine; ++r) line[r * columns] = {low[r], high[r]};
   }
   __syncthreads();
 
-  const int64_t width = s.x.size * s.dilation;
-  for (int t = threadIdx.x; t < s.tile_y * s.tile_x; t += kThreads) {
-    const int64_t r = p.y0 + t / s.tile_x, c = p.x0 + t % s.tile_x;
-    if (r >= s.y.size || c >= s.x.size) continue;
-    A sum = A(0);
-    for_positions(s.y, r, [&](int64_t position, int64_t weight) {
-      A part = A(0);
-      for_coefficients<kTaps>(s.y, position, [&](int64_t i, int k) {
-        A low, high;
-        if (i >= first && i < first + s.lines) {
-          low = lines[(i - first) * s.tile_x + t % s.tile_x];
-          high = high_lines[(i - first) * s.tile_x + t % s.tile_x];
-        } else {
-          const T* rows[4];
-          rows_of(i, rows);
-          far_row(rows, s.dilation, s.x, f, c, low, high);
-        }
-        part += f.y[0][k] * low + f.y[1][k] * high;
-      });
-      sum += static_cast<A>(weight) * part;
-    });
-    x[(p.plane * s.y.size * s.dilation + r * s.dilation + p.phase_y) * width + c * s.dilation + p.phase_x] =
-        static_cast<T>(sum);
+  const int c0 = column0 + kStep * thread;
+  if (thread >= s.x.tile || c0 >= s.x.size) return;
+  A sums[kLine][kStep] = {};
+  const auto* line = reinterpret_cast<const Pack<A, 2>*>(lines);
+#pragma unroll(kTaps > 0 ? kTaps / kStep : 1)
+  for (int m = 0; m < taps_x / kStep; ++m)
+#pragma unroll
+    for (int r = 0; r < kLine; ++r) {
+      const Pack<A, 2> both = line[r * columns + thread + m];
+#pragma unroll
+      for (int q = 0; q < kStep; ++q) {
+        sums[r][kStep - 1 - q] += f.x[0][kStep * m + q] * both.value[0];
+        sums[r][kStep - 1 - q] += f.x[1][kStep * m + q] * both.value[1];
+      }
+    }
+#pragma unroll 1
+  for (int o = 0; o < (border_x ? outer_x : 0); ++o) {
+    A weights[kStep];
+    if (!weights_of(sources_x[o], c0, weights)) continue;
+    const int from = outer_position(s.x, o) - s.x.offset, q = from & (kStep - 1);
+    const auto* first = line + (o < s.x.before ? own : columns - s.x.count);  // where coefficient 0 would be
+#pragma unroll 1
+    for (int k = q, j = (from + q) / kStep; k < taps_x; k += kStep, ++j) {
+      if (j < 0 || j >= s.x.count) continue;
+#pragma unroll
+      for (int r = 0; r < kLine; ++r) {
+        const Pack<A, 2> both = first[r * columns + j];
+        const A value = f.x[0][k] * both.value[0] + f.x[1][k] * both.value[1];
+#pragma unroll
+        for (int e = 0; e < kStep; ++e) sums[r][e] += weights[e] * value;
+      }
+    }
+  }
+  const int64_t width = s.x.size * dilation, plane = s.y.size * dilation * width;
+  T* out = x + plane * p.plane + (int64_t{row0} * dilation + p.phase_y) * width + c0 * dilation + p.phase_x;
+  const int begin = -row0, end = s.y.size - row0;  // rows of x
+#pragma unroll
+  for (int r = 0; r < kLine; ++r, out += dilation * width) {
+    if (r < begin || r >= end) continue;
+    Pack<T, kStep> pack;
+#pragma unroll
+    for (int e = 0; e < kStep; ++e) pack.value[e] = static_cast<T>(sums[r][e]);
+    if (s.packed)
+      *reinterpret_cast<Pack<T, kStep>*>(out) = pack;
+    else
+#pragma unroll
+      for (int e = 0; e < kStep; ++e)
+        if (c0 + e >= 0 && c0 + e < s.x.size) out[e * dilation] = pack.value[e];
   }
 }
 
 // ---- Two taps, no border: images of even size, or stationary -------------------------------------------------------
 
-template <class A>
-struct TwoTaps {
-  A y[2][2], x[2][2];  // low, high
+// A block owns `group` rows of the bands, or a part of one; a thread one pack of adjacent coefficients.
+struct Rows {
+  int rows, group;           // of all planes; of a block
+  Divisor height, span;      // rows of a plane; packs of a row in a block
+  int packs, width;          // of a row; columns
+  int shift_y, shift_x;      // stationary: rows and columns between a sample and its partner's pack
+  int64_t plane[4], row[4];  // strides of the input
 };
 
-struct Even {
-  int64_t squares, rows, count;  // squares of 2 x 2 in all, bands of rows x count
-  int64_t plane[4], row[4];
+struct Spot {
+  int plane, i, j;
+  bool inside;
 };
 
-template <class T, int kSize>
-struct alignas(sizeof(T) * kSize) Pack {
-  T value[kSize];
-};
+template <int kSize>
+__device__ inline Spot spot_of(const Rows& s) {
+  const int thread = threadIdx.x, line = divide(thread, s.span), row = blockIdx.x * s.group + line;
+  const int pack = blockIdx.y * s.span.value + thread - line * s.span.value, plane = divide(row, s.height);
+  return {plane, row - plane * s.height.value, pack * kSize, line < s.group && row < s.rows && pack < s.packs};
+}
 
-// One thread: kSquares adjacent squares.
-template <class T, class A, int kSquares>
-__global__ void __launch_bounds__(kThreads) two_taps_analysis_kernel(const T* x, T* y, Even s, TwoTaps<A> f) {
-  const int64_t square = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kSquares;
-  if (square >= s.squares) return;
-  const int64_t j = square % s.count, i = square / s.count % s.rows, n = square / s.count / s.rows;
-  const T* source = x + n * s.plane[0] + 2 * i * s.row[0] + 2 * j;
-  const auto top = *reinterpret_cast<const Pack<T, 2 * kSquares>*>(source);
-  const auto bottom = *reinterpret_cast<const Pack<T, 2 * kSquares>*>(source + s.row[0]);
-  Pack<T, kSquares> out[4];
+template <class T, class A, int kSize>
+__global__ void __launch_bounds__(kThreads)
+    two_taps_analysis_kernel(const T* x, T* y, Rows s, const __grid_constant__ Taps<A> f) {
+  const Spot p = spot_of<kSize>(s);
+  if (!p.inside) return;
+  const T* source = x + p.plane * s.plane[0] + 2 * p.i * s.row[0] + 2 * p.j;
+  const auto top = load_pack<T, 2 * kSize>(source), bottom = load_pack<T, 2 * kSize>(source + s.row[0]);
+  Pack<T, kSize> out[4];
 #pragma unroll
-  for (int q = 0; q < kSquares; ++q) {
+  for (int q = 0; q < kSize; ++q) {
     A line[2][2];  // low and high along H; left, right
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -303,24 +474,23 @@ __global__ void __launch_bounds__(kThreads) two_taps_analysis_kernel(const T* x,
     for (int b = 0; b < 4; ++b)
       out[b].value[q] = static_cast<T>(f.x[b / 2][0] * line[b % 2][1] + f.x[b / 2][1] * line[b % 2][0]);
   }
-  const int64_t band = s.rows * s.count;
-  T* target = y + n * 4 * band + i * s.count + j;
+  const int64_t band = int64_t{s.height.value} * s.width;
+  T* target = y + 4 * band * p.plane + int64_t{p.i} * s.width + p.j;
 #pragma unroll
-  for (int b = 0; b < 4; ++b) *reinterpret_cast<Pack<T, kSquares>*>(target + b * band) = out[b];
+  for (int b = 0; b < 4; ++b) *reinterpret_cast<Pack<T, kSize>*>(target + b * band) = out[b];
 }
 
-template <class T, class A, int kSquares>
-__global__ void __launch_bounds__(kThreads) two_taps_synthesis_kernel(Bands<T> bands, T* x, Even s, TwoTaps<A> f) {
-  const int64_t square = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kSquares;
-  if (square >= s.squares) return;
-  const int64_t j = square % s.count, i = square / s.count % s.rows, n = square / s.count / s.rows;
-  Pack<T, kSquares> in[4];
+template <class T, class A, int kSize>
+__global__ void __launch_bounds__(kThreads)
+    two_taps_synthesis_kernel(Bands<T> bands, T* x, Rows s, const __grid_constant__ Taps<A> f) {
+  const Spot p = spot_of<kSize>(s);
+  if (!p.inside) return;
+  Pack<T, kSize> in[4];
 #pragma unroll
-  for (int b = 0; b < 4; ++b)
-    in[b] = *reinterpret_cast<const Pack<T, kSquares>*>(bands.band[b] + n * s.plane[b] + i * s.row[b] + j);
-  Pack<T, 2 * kSquares> out[2];
+  for (int b = 0; b < 4; ++b) in[b] = load_pack<T, kSize>(bands.band[b] + p.plane * s.plane[b] + p.i * s.row[b] + p.j);
+  Pack<T, 2 * kSize> out[2];
 #pragma unroll
-  for (int q = 0; q < kSquares; ++q) {
+  for (int q = 0; q < kSize; ++q) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {  // tap 1 - c of the filters along W
       const A low = f.x[0][1 - c] * static_cast<A>(in[0].value[q]) + f.x[1][1 - c] * static_cast<A>(in[2].value[q]);
@@ -329,64 +499,88 @@ __global__ void __launch_bounds__(kThreads) two_taps_synthesis_kernel(Bands<T> b
       for (int r = 0; r < 2; ++r) out[r].value[2 * q + c] = static_cast<T>(f.y[0][1 - r] * low + f.y[1][1 - r] * high);
     }
   }
-  T* target = x + (n * 2 * s.rows + 2 * i) * 2 * s.count + 2 * j;
-  *reinterpret_cast<Pack<T, 2 * kSquares>*>(target) = out[0];
-  *reinterpret_cast<Pack<T, 2 * kSquares>*>(target + 2 * s.count) = out[1];
+  T* target = x + (2 * int64_t{p.plane} * s.height.value + 2 * p.i) * 2 * s.width + 2 * p.j;
+  *reinterpret_cast<Pack<T, 2 * kSize>*>(target) = out[0];
+  *reinterpret_cast<Pack<T, 2 * kSize>*>(target + 2 * s.width) = out[1];
 }
 
-struct Stationary {
-  int64_t pixels, height, width, dilation;
-  int64_t plane[4], row[4];
-};
-
-// y[i] = f[0] x[i + d] + f[1] x[i], around the image.
-template <class T, class A>
-__global__ void __launch_bounds__(kThreads) stationary_analysis_kernel(const T* x, T* y, Stationary s, TwoTaps<A> f) {
-  const int64_t pixel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (pixel >= s.pixels) return;
-  const int64_t j = pixel % s.width, i = pixel / s.width % s.height, n = pixel / s.width / s.height;
-  const int64_t columns[2] = {j, (j + s.dilation) % s.width}, rows[2] = {i, (i + s.dilation) % s.height};
-  A line[2][2];
+// y[i] = f[0] x[i + d] + f[1] x[i], around the image. Partners of a pack along W begin kOffset columns on: in the pack
+// itself and the next one, or (kOffset = kSize) in a pack of their own.
+template <class T, class A, int kSize, int kOffset>
+__global__ void __launch_bounds__(kThreads)
+    stationary_analysis_kernel(const T* x, T* y, Rows s, const __grid_constant__ Taps<A> f) {
+  const Spot p = spot_of<kSize>(s);
+  if (!p.inside) return;
+  const int height = s.height.value, row = p.i + s.shift_y, column = p.j + s.shift_x;
+  const T* top = x + p.plane * s.plane[0] + p.i * s.row[0];
+  const T* bottom = x + p.plane * s.plane[0] + (row < height ? row : row - height) * s.row[0];
+  const int columns[2] = {p.j, column < s.width ? column : column - s.width};
+  A line[2][2 * kSize];  // low and high along H
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    const T* column = x + n * s.plane[0] + columns[c];
-    const A a = static_cast<A>(column[rows[0] * s.row[0]]), b = static_cast<A>(column[rows[1] * s.row[0]]);
-    line[0][c] = f.y[0][0] * b + f.y[0][1] * a;
-    line[1][c] = f.y[1][0] * b + f.y[1][1] * a;
-  }
-  const int64_t band = s.height * s.width;
-  T* target = y + n * 4 * band + i * s.width + j;
+    const auto a = load_pack<T, kSize>(top + columns[c]), b = load_pack<T, kSize>(bottom + columns[c]);
 #pragma unroll
-  for (int b = 0; b < 4; ++b)
-    target[b * band] = static_cast<T>(f.x[b / 2][0] * line[b % 2][1] + f.x[b / 2][1] * line[b % 2][0]);
+    for (int q = 0; q < kSize; ++q)
+#pragma unroll
+      for (int g = 0; g < 2; ++g)
+        line[g][c * kSize + q] = f.y[g][0] * static_cast<A>(b.value[q]) + f.y[g][1] * static_cast<A>(a.value[q]);
+  }
+  const int64_t band = int64_t{height} * s.width;
+  T* target = y + 4 * band * p.plane + int64_t{p.i} * s.width + p.j;
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    Pack<T, kSize> out;
+#pragma unroll
+    for (int q = 0; q < kSize; ++q)
+      out.value[q] = static_cast<T>(f.x[b / 2][0] * line[b % 2][q + kOffset] + f.x[b / 2][1] * line[b % 2][q]);
+    *reinterpret_cast<Pack<T, kSize>*>(target + b * band) = out;
+  }
 }
 
-// x[r] = f[0] y[r - d] + f[1] y[r].
-template <class T, class A>
+// x[r] = f[0] y[r - d] + f[1] y[r]; partners end kOffset columns before the pack's end.
+template <class T, class A, int kSize, int kOffset>
 __global__ void __launch_bounds__(kThreads)
-    stationary_synthesis_kernel(Bands<T> bands, T* x, Stationary s, TwoTaps<A> f) {
-  const int64_t pixel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (pixel >= s.pixels) return;
-  const int64_t c = pixel % s.width, r = pixel / s.width % s.height, n = pixel / s.width / s.height;
-  const int64_t dx = s.dilation % s.width, dy = s.dilation % s.height;
-  const int64_t columns[2] = {c >= dx ? c - dx : c - dx + s.width, c},
-                rows[2] = {r >= dy ? r - dy : r - dy + s.height, r};
-  A sum = A(0);
+    stationary_synthesis_kernel(Bands<T> bands, T* x, Rows s, const __grid_constant__ Taps<A> f) {
+  const Spot p = spot_of<kSize>(s);
+  if (!p.inside) return;
+  const int height = s.height.value, row = p.i - s.shift_y, column = p.j - s.shift_x;
+  const int rows[2] = {row < 0 ? row + height : row, p.i}, columns[2] = {column < 0 ? column + s.width : column, p.j};
+  A line[2][2 * kSize] = {};  // low and high along W
 #pragma unroll
   for (int b = 0; b < 4; ++b)
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const T* row = bands.band[b] + n * s.plane[b] + rows[k] * s.row[b];
-      sum += f.y[b % 2][k] *
-             (f.x[b / 2][0] * static_cast<A>(row[columns[0]]) + f.x[b / 2][1] * static_cast<A>(row[columns[1]]));
+      const T* from = bands.band[b] + p.plane * s.plane[b] + rows[k] * s.row[b];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const auto pack = load_pack<T, kSize>(from + columns[c]);
+#pragma unroll
+        for (int q = 0; q < kSize; ++q) line[b / 2][c * kSize + q] += f.y[b % 2][k] * static_cast<A>(pack.value[q]);
+      }
     }
-  x[pixel] = static_cast<T>(sum);
+  Pack<T, kSize> out;
+#pragma unroll
+  for (int q = 0; q < kSize; ++q) {
+    A sum = A(0);
+#pragma unroll
+    for (int g = 0; g < 2; ++g) {
+      sum += f.x[g][0] * line[g][kSize - kOffset + q];
+      sum += f.x[g][1] * line[g][kSize + q];
+    }
+    out.value[q] = static_cast<T>(sum);
+  }
+  *reinterpret_cast<Pack<T, kSize>*>(x + (int64_t{p.plane} * height + p.i) * s.width + p.j) = out;
 }
 
-// ---- Host side
-// -------------------------------------------------------------------------------------------------------
+// ---- Host side -----------------------------------------------------------------------------------------------------
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Divisor divisor(int64_t value) {
+  uint32_t log = 0;
+  while (int64_t{1} << log < value) ++log;
+  return {static_cast<int>(value), static_cast<uint32_t>((uint64_t{1} << (31 + log)) / value + 1), 31 + log};
+}
 
 Tensor with_adjacent_columns(const Tensor& x) {
   return x.stride(2) == 1 || x.size(2) <= 1 ? x : torch::stable::contiguous(x);
@@ -396,9 +590,17 @@ Axis axis_of(const std::vector<double>& taps, int64_t mode, int64_t n, int64_t d
   STD_TORCH_CHECK(!taps.empty() && taps.size() % 4 == 0 && taps.size() <= 2 * kMostTaps,
                   "taps: expected two filters of one even length up to ", kMostTaps, ", got ", taps.size(), " values");
   STD_TORCH_CHECK(n % dilation == 0, "size: expected a multiple of the dilation ", dilation, ", got ", n);
+  STD_TORCH_CHECK(n < int64_t{1} << 30, "size: expected fewer than 2^30 samples along an axis, got ", n);
   const int64_t length = static_cast<int64_t>(taps.size()) / 2;
   const Geometry g = geometry(mode, n / dilation, length, 1);
-  return {mode, n / dilation, g.count, static_cast<int>(length), static_cast<int>(g.step), static_cast<int>(g.offset)};
+  Axis axis{};
+  axis.mode = static_cast<int>(mode);
+  axis.size = static_cast<int>(n / dilation);
+  axis.count = static_cast<int>(g.count);
+  axis.taps = static_cast<int>(length);
+  axis.step = static_cast<int>(g.step);
+  axis.offset = static_cast<int>(g.offset);
+  return axis;
 }
 
 template <class A>
@@ -409,20 +611,14 @@ Taps<A> taps_of(const std::vector<double>& y, const std::vector<double>& x) {
   return f;
 }
 
-template <class A>
-TwoTaps<A> two_taps_of(const std::vector<double>& y, const std::vector<double>& x) {
-  TwoTaps<A> f;
-  for (int i = 0; i < 4; ++i) {
-    f.y[i / 2][i % 2] = static_cast<A>(y[i]);
-    f.x[i / 2][i % 2] = static_cast<A>(x[i]);
-  }
-  return f;
+dim3 grid_of(int64_t blocks, int64_t parts = 1) {
+  STD_TORCH_CHECK(blocks < int64_t{1} << 31 && parts < int64_t{1} << 16, "x: expected fewer than 2^31 tiles, got ",
+                  blocks * parts);
+  return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(parts));
 }
 
-dim3 grid_of(int64_t blocks) {
-  STD_TORCH_CHECK(blocks < int64_t{1} << 31, "x: expected fewer than 2^31 tiles, got ", blocks);
-  return dim3(static_cast<unsigned>(blocks));
-}
+// Whole warps.
+dim3 block_of(int64_t threads) { return dim3(static_cast<unsigned>(divide_up(threads, 32) * 32)); }
 
 // Runs use.operator()<T, A>() for the dtype.
 template <class Use>
@@ -448,18 +644,117 @@ bool aligned(const Tensor& x, int64_t size) {
          x.stride(1) % size == 0;
 }
 
-Shape shape_of(const Axis& y, const Axis& x, int64_t dilation, int64_t result_y, int64_t result_x, bool synthesis) {
-  const bool small = y.taps <= 20;
-  Shape s{};
+bool aligned(const std::vector<Tensor>& sources, int64_t size) {
+  return std::all_of(sources.begin(), sources.end(), [&](const Tensor& x) { return aligned(x, size); });
+}
+
+template <class S>
+void set_strides(S& s, const std::vector<Tensor>& sources) {
+  for (size_t b = 0; b < sources.size(); ++b) {
+    s.plane[b] = sources[b].stride(0);
+    s.row[b] = sources[b].stride(1);
+  }
+}
+
+struct Plan {
+  Shape shape;
+  int64_t blocks;
+  int sources;  // of a tile
+  dim3 block;
+
+  template <class A>
+  size_t shared() const {
+    return 2 * kLine * shape.columns * sizeof(A) + sources * sizeof(Source<A>);
+  }
+};
+
+Plan plan_of(const Axis& y, const Axis& x, int64_t dilation, const std::vector<Tensor>& sources, bool synthesis) {
+  STD_TORCH_CHECK(y.step == x.step, "mode: expected both axes stationary or none, got one");
+  const int step = y.step;
+  Plan plan{};
+  Shape& s = plan.shape;
   s.y = y;
   s.x = x;
-  s.dilation = dilation;
-  s.tile_y = small ? 16 : 8;
-  s.tile_x = small ? 32 : 16;
-  s.tiles_y = divide_up(result_y, s.tile_y);
-  s.tiles_x = divide_up(result_x, s.tile_x);
-  s.lines = synthesis ? (s.tile_y + y.taps) / y.step + 1 : y.step * (s.tile_y - 1) + y.taps;
-  return s;
+  s.y.tile = synthesis ? kLine / step : kLine;
+  int results[2] = {y.count, x.count};  // coefficients or steps
+  if (synthesis)
+    for (Axis* axis : {&s.y, &s.x}) {
+      axis->first = -(axis->offset / step);
+      results[axis == &s.x] = (axis->size + step - 2 - axis->offset % step) / step + 1;
+      if (axis->mode == kZero) continue;
+      axis->before = std::max(0, axis->taps - 1 - axis->offset);
+      axis->after = std::max(0, step * (axis->count - 1) + axis->offset + 1 - axis->size);
+    }
+  s.left = std::min<int>(x.count, divide_up(s.x.before, step));
+  s.right = std::min<int>(x.count, divide_up(s.x.after, step));
+  const int scale = synthesis ? 1 : step, reach = synthesis ? x.taps / step - 1 + s.left + s.right : x.taps - step;
+  // The tile width that leaves the fewest lanes idle.
+  const int most = std::max(8, (columns_of(1) - reach) / scale);
+  int64_t least = INT64_MAX;
+  for (int width = most; width >= std::min(most, 32); --width) {
+    const int64_t tiles = divide_up(results[1], width), tile = divide_up(results[1], tiles);
+    const int64_t lanes = tiles * divide_up(scale * tile + reach, 32) * 32;
+    if (lanes >= least) continue;
+    least = lanes;
+    s.x.tile = static_cast<int>(tile);
+    s.x.tiles = divisor(tiles);
+  }
+  s.columns = scale * s.x.tile + reach;
+  s.y.tiles = divisor(divide_up(results[0], s.y.tile));
+  s.dilation = divisor(dilation);
+  s.packed = dilation == 1 && step == 2 && x.size % 2 == 0 && x.offset % 2 == 1;
+  set_strides(s, sources);
+  plan.blocks = sources[0].size(0) * dilation * dilation * s.y.tiles.value * s.x.tiles.value;
+  plan.block = block_of(s.columns);
+  plan.sources = synthesis ? s.y.before + s.y.after + s.x.before + s.x.after : step * (kLine - 1) + y.taps + s.columns;
+  return plan;
+}
+
+// Runs use.operator()<kTaps, kStep>() for filters of both axes; kTaps = 0 takes any length.
+template <class Use>
+void with_taps(const Axis& y, const Axis& x, Use use) {
+  const int taps = y.taps == x.taps ? y.taps : 0;
+  if (y.step == 1) return use.template operator()<0, 1>();
+  if (taps == 4) return use.template operator()<4, 2>();
+  if (taps == 8) return use.template operator()<8, 2>();
+  if (taps == 10) return use.template operator()<10, 2>();
+  use.template operator()<0, 2>();
+}
+
+// Launches a kernel for two taps on [rows, count] coefficients a plane, in packs of `size`.
+template <class Kernel, class In, class Out, class Filters>
+void launch_rows(const psf::Launch& launch, Kernel kernel, int64_t shift_y, int64_t shift_x, int64_t size,
+                 const std::vector<Tensor>& sources, int64_t rows, int64_t count, const In& in, Out* out,
+                 const Filters& f) {
+  const int64_t all = sources[0].size(0) * rows, packs = count / size, parts = divide_up(packs, kThreads);
+  STD_TORCH_CHECK(all < (int64_t{1} << 31) - kThreads, "x: expected fewer than 2^31 rows, got ", all);
+  Rows s{};
+  s.shift_y = static_cast<int>(shift_y);
+  s.shift_x = static_cast<int>(shift_x);
+  s.rows = static_cast<int>(all);
+  s.height = divisor(rows);
+  s.span = divisor(divide_up(packs, parts));
+  s.group = parts > 1 ? 1 : kThreads / s.span.value;
+  s.packs = static_cast<int>(packs);
+  s.width = static_cast<int>(count);
+  set_strides(s, sources);
+  launch(kernel, grid_of(divide_up(all, s.group), parts), block_of(s.group * s.span.value), 0, in, out, s, f);
+}
+
+// Runs use.operator()<kSize, kOffset>(shift_x): the widest packs of a stationary transform of two taps.
+template <class T, class Use>
+void with_packs(const std::vector<Tensor>& sources, int64_t dilation, int64_t width, Use use) {
+  constexpr int kSize = 16 / sizeof(T);
+  const int64_t shift = dilation % width;
+  if (width % kSize == 0 && aligned(sources, kSize)) {
+    if (shift % kSize == 0) return use.template operator()<kSize, kSize>(shift);
+    if (shift == 1) return use.template operator()<kSize, 1>(kSize);
+    if constexpr (kSize > 2)
+      if (shift == 2) return use.template operator()<kSize, 2>(kSize);
+    if constexpr (kSize > 4)
+      if (shift == 4) return use.template operator()<kSize, 4>(kSize);
+  }
+  use.template operator()<1, 1>(shift);
 }
 
 Tensor wavelet_fwd(const Tensor& x, std::vector<double> taps_y, std::vector<double> taps_x, int64_t mode_y,
@@ -467,42 +762,33 @@ Tensor wavelet_fwd(const Tensor& x, std::vector<double> taps_y, std::vector<doub
   STD_TORCH_CHECK(x.dim() == 3, "x: expected [N, H, W], got ", x.dim(), " dimensions");
   const int64_t planes = x.size(0), height = x.size(1), width = x.size(2);
   const Axis ay = axis_of(taps_y, mode_y, height, dilation), ax = axis_of(taps_x, mode_x, width, dilation);
-  const Tensor source = with_adjacent_columns(x);
+  const std::vector<Tensor> source{with_adjacent_columns(x)};
   const int64_t rows = ay.count * dilation, count = ax.count * dilation;
   Tensor y = torch::stable::new_empty(x, {planes, 4, rows, count});
   if (y.numel() == 0) return y;
   psf::Launch launch(x);
   const bool two = ay.taps == 2 && ax.taps == 2;
   with_types(x.scalar_type(), [&]<class T, class A>() {
-    const T* in = static_cast<const T*>(source.const_data_ptr());
+    const T* in = static_cast<const T*>(source[0].const_data_ptr());
     T* out = static_cast<T*>(y.mutable_data_ptr());
-    if (two && ay.step == 1 && ax.step == 1) {
-      const Stationary s{planes * height * width, height, width, dilation, {source.stride(0)}, {source.stride(1)}};
-      return launch(stationary_analysis_kernel<T, A>, grid_of(divide_up(s.pixels, kThreads)), kThreads, 0, in, out, s,
-                    two_taps_of<A>(taps_y, taps_x));
-    }
+    if (two && ay.step == 1 && ax.step == 1)
+      return with_packs<T>(source, dilation, width, [&]<int kSize, int kOffset>(int64_t shift) {
+        launch_rows(launch, stationary_analysis_kernel<T, A, kSize, kOffset>, dilation % height, shift, kSize, source,
+                    height, width, in, out, taps_of<A>(taps_y, taps_x));
+      });
     if (two && height == 2 * rows && width == 2 * count) {
-      const Even s{planes * rows * count, rows, count, {source.stride(0)}, {source.stride(1)}};
       constexpr int kPack = 8 / sizeof(T);
-      const auto f = two_taps_of<A>(taps_y, taps_x);
+      const auto f = taps_of<A>(taps_y, taps_x);
       if (count % kPack == 0 && aligned(source, 2 * kPack))
-        return launch(two_taps_analysis_kernel<T, A, kPack>, grid_of(divide_up(s.squares, kThreads * kPack)), kThreads,
-                      0, in, out, s, f);
+        return launch_rows(launch, two_taps_analysis_kernel<T, A, kPack>, 0, 0, kPack, source, rows, count, in, out, f);
       if (aligned(source, 2))
-        return launch(two_taps_analysis_kernel<T, A, 1>, grid_of(divide_up(s.squares, kThreads)), kThreads, 0, in, out,
-                      s, f);
+        return launch_rows(launch, two_taps_analysis_kernel<T, A, 1>, 0, 0, 1, source, rows, count, in, out, f);
     }
-    Shape s = shape_of(ay, ax, dilation, ay.count, ax.count, false);
-    s.plane[0] = source.stride(0);
-    s.row[0] = source.stride(1);
-    const int64_t blocks = planes * dilation * dilation * s.tiles_y * s.tiles_x;
-    const size_t shared = 2 * static_cast<size_t>(s.lines) * s.tile_x * sizeof(A);
-    const auto f = taps_of<A>(taps_y, taps_x);
-    if (ay.taps == 4 && ax.taps == 4)
-      return launch(analysis_kernel<T, A, 4>, grid_of(blocks), kThreads, shared, in, out, s, f);
-    if (ay.taps == 8 && ax.taps == 8)
-      return launch(analysis_kernel<T, A, 8>, grid_of(blocks), kThreads, shared, in, out, s, f);
-    launch(analysis_kernel<T, A, 0>, grid_of(blocks), kThreads, shared, in, out, s, f);
+    const Plan plan = plan_of(ay, ax, dilation, source, false);
+    with_taps(ay, ax, [&]<int kTaps, int kStep>() {
+      launch(analysis_kernel<T, A, kTaps, kStep>, grid_of(plan.blocks), plan.block, plan.shared<A>(), in, out,
+             plan.shape, taps_of<A>(taps_y, taps_x));
+    });
   });
   return y;
 }
@@ -527,41 +813,24 @@ Tensor wavelet_bwd(const Tensor& a, const Tensor& h, const Tensor& v, const Tens
     T* out = static_cast<T*>(x.mutable_data_ptr());
     Bands<T> bands;
     for (int b = 0; b < 4; ++b) bands.band[b] = static_cast<const T*>(sources[b].const_data_ptr());
-    const auto strides = [&](auto& s) {
-      for (int b = 0; b < 4; ++b) {
-        s.plane[b] = sources[b].stride(0);
-        s.row[b] = sources[b].stride(1);
-      }
-    };
-    if (two && ay.step == 1 && ax.step == 1) {
-      Stationary s{planes * height * width, height, width, dilation, {}, {}};
-      strides(s);
-      return launch(stationary_synthesis_kernel<T, A>, grid_of(divide_up(s.pixels, kThreads)), kThreads, 0, bands, out,
-                    s, two_taps_of<A>(taps_y, taps_x));
-    }
+    if (two && ay.step == 1 && ax.step == 1)
+      return with_packs<T>(sources, dilation, width, [&]<int kSize, int kOffset>(int64_t shift) {
+        launch_rows(launch, stationary_synthesis_kernel<T, A, kSize, kOffset>, dilation % height, shift, kSize, sources,
+                    height, width, bands, out, taps_of<A>(taps_y, taps_x));
+      });
     if (two && height == 2 * rows && width == 2 * count) {
-      Even s{planes * rows * count, rows, count, {}, {}};
-      strides(s);
       constexpr int kPack = 8 / sizeof(T);
-      const auto f = two_taps_of<A>(taps_y, taps_x);
-      bool packed = count % kPack == 0;
-      for (const Tensor& source : sources) packed = packed && aligned(source, kPack);
-      if (packed)
-        return launch(two_taps_synthesis_kernel<T, A, kPack>, grid_of(divide_up(s.squares, kThreads * kPack)), kThreads,
-                      0, bands, out, s, f);
-      return launch(two_taps_synthesis_kernel<T, A, 1>, grid_of(divide_up(s.squares, kThreads)), kThreads, 0, bands,
-                    out, s, f);
+      const auto f = taps_of<A>(taps_y, taps_x);
+      if (count % kPack == 0 && aligned(sources, kPack))
+        return launch_rows(launch, two_taps_synthesis_kernel<T, A, kPack>, 0, 0, kPack, sources, rows, count, bands,
+                           out, f);
+      return launch_rows(launch, two_taps_synthesis_kernel<T, A, 1>, 0, 0, 1, sources, rows, count, bands, out, f);
     }
-    Shape s = shape_of(ay, ax, dilation, ay.size, ax.size, true);
-    strides(s);
-    const int64_t blocks = planes * dilation * dilation * s.tiles_y * s.tiles_x;
-    const size_t shared = 2 * static_cast<size_t>(s.lines) * s.tile_x * sizeof(A);
-    const auto f = taps_of<A>(taps_y, taps_x);
-    if (ay.taps == 4 && ax.taps == 4)
-      return launch(synthesis_kernel<T, A, 4>, grid_of(blocks), kThreads, shared, bands, out, s, f);
-    if (ay.taps == 8 && ax.taps == 8)
-      return launch(synthesis_kernel<T, A, 8>, grid_of(blocks), kThreads, shared, bands, out, s, f);
-    launch(synthesis_kernel<T, A, 0>, grid_of(blocks), kThreads, shared, bands, out, s, f);
+    const Plan plan = plan_of(ay, ax, dilation, sources, true);
+    with_taps(ay, ax, [&]<int kTaps, int kStep>() {
+      launch(synthesis_kernel<T, A, kTaps, kStep>, grid_of(plan.blocks), plan.block, plan.shared<A>(), bands, out,
+             plan.shape, taps_of<A>(taps_y, taps_x));
+    });
   });
   return x;
 }

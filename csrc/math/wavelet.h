@@ -44,41 +44,43 @@ struct Extension {
   int64_t weight[3];
 };
 
-PSF_WAVELET_FUNCTION int64_t floor_mod(int64_t a, int64_t b) {
-  const int64_t m = a % b;
+template <class Index>
+PSF_WAVELET_FUNCTION Index floor_mod(Index a, Index b) {
+  const Index m = a % b;
   return m < 0 ? m + b : m;
 }
 
-// Sample j, any integer, of x [n] continued by `mode`.
-PSF_WAVELET_FUNCTION Extension extension(int64_t mode, int64_t j, int64_t n) {
+// Sample j, any integer, of x [n] continued by `mode`. Index: int64_t, or int where n < 2^30 (GPUs divide it faster).
+template <class Index>
+PSF_WAVELET_FUNCTION Extension extension(int64_t mode, Index j, Index n) {
   if (j >= 0 && j < n) return {1, {j, 0, 0}, {1, 0, 0}};
-  const int64_t edge = j < 0 ? 0 : n - 1;
+  const Index edge = j < 0 ? 0 : n - 1;
   switch (mode) {
     case kZero:
       return {0, {0, 0, 0}, {0, 0, 0}};
     case kSymmetric:
     case kAntisymmetric: {
-      const int64_t m = floor_mod(j, 2 * n);
+      const Index m = floor_mod(j, 2 * n);
       return {1, {m < n ? m : 2 * n - 1 - m, 0, 0}, {m >= n && mode == kAntisymmetric ? -1 : 1, 0, 0}};
     }
     case kReflect: {
-      const int64_t m = floor_mod(j, 2 * n - 2);
+      const Index m = floor_mod(j, 2 * n - 2);
       return {1, {m < n ? m : 2 * n - 2 - m, 0, 0}, {1, 0, 0}};
     }
     case kPeriodic:
     case kStationary:
       return {1, {floor_mod(j, n), 0, 0}, {1, 0, 0}};
     case kPeriodization: {
-      const int64_t m = floor_mod(j, n + n % 2);
+      const Index m = floor_mod(j, n + n % 2);
       return {1, {m < n ? m : n - 1, 0, 0}, {1, 0, 0}};
     }
     case kSmooth: {
       if (n == 1) return {1, {0, 0, 0}, {1, 0, 0}};
-      const int64_t distance = j < 0 ? -j : j - edge;
+      const Index distance = j < 0 ? -j : j - edge;
       return {2, {edge, j < 0 ? 1 : n - 2, 0}, {1 + distance, -distance, 0}};
     }
     case kAntireflect: {
-      const int64_t period = 2 * (n - 1), m = floor_mod(j, period), turns = (j - m) / period;
+      const Index period = 2 * (n - 1), m = floor_mod(j, period), turns = (j - m) / period;
       const bool inside = m < n;
       return {3, {inside ? m : period - m, n - 1, 0}, {inside ? 1 : -1, 2 * turns + (inside ? 0 : 2), -2 * turns}};
     }

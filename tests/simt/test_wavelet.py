@@ -40,7 +40,21 @@ def test_every_mode(ops, mode, wavelet, second):
         agrees(ops, level(wavelet, mode, second=second), shape)
 
 
-@pytest.mark.parametrize("mode", ["zero", "symmetric", "periodization", "stationary"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wavelet", ["db2", "db3", "db4", "bior4.4"])
+def test_tiles_away_from_the_border(ops, mode, wavelet):
+    agrees(ops, level(wavelet, mode), (1, 75, 966))
+
+
+@pytest.mark.parametrize("modes", [("zero", "smooth"), ("antireflect", "zero"), ("periodization", "symmetric")])
+@pytest.mark.parametrize("wavelet", ["haar", "db3", "db4"])
+def test_a_mode_for_each_axis(ops, modes, wavelet):
+    one = level(wavelet, modes[0])._replace(mode_x=MODES.index(modes[1]))
+    for shape in ((2, 19, 35), (1, 75, 966)):
+        agrees(ops, one, shape)
+
+
+@pytest.mark.parametrize("mode", ["zero", "symmetric", "periodization", "smooth", "antireflect", "stationary"])
 @pytest.mark.parametrize("wavelet", ["dmey", "coif17"])
 def test_long_filters(ops, mode, wavelet):
     agrees(ops, level(wavelet, mode), (1, 6, 10))
@@ -59,20 +73,44 @@ def test_dtypes(ops, wavelet, mode, dtype, bound):
     agrees(ops, level(wavelet, mode), (1, 6, 16), dtype, bound)
 
 
-@pytest.mark.parametrize("wavelet", ["haar", "db2"])
-def test_strides_and_empty_batch(ops, wavelet):
-    one = level(wavelet, "symmetric")
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float64, 1e-10), (torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)],
+)
+@pytest.mark.parametrize("dilation", [1, 2, 3, 4, 8, 16])
+def test_packs_of_the_stationary_haar_transform(ops, dilation, dtype, bound):
+    """Partners in the same pack, the next one or one of their own; rows of several to a block and of several blocks."""
+    one = level("haar", "stationary", dilation)
+    for shape in ((2, dilation, 16 * dilation), (1, 2 * dilation, dilation), (1, 3 * dilation, 240 * dilation)):
+        agrees(ops, one, shape, dtype, bound)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+def test_long_rows_of_the_haar_transform(ops, dtype, bound):
+    for shape in ((2, 4, 2200), (1, 6, 1058), (3, 2, 24)):
+        agrees(ops, level("haar", "zero"), shape, dtype, bound)
+
+
+@pytest.mark.parametrize(("wavelet", "mode"), [("haar", "symmetric"), ("haar", "stationary"), ("db2", "symmetric")])
+def test_strides_and_empty_batch(ops, wavelet, mode):
+    one = level(wavelet, mode)
     base = torch.randn(2, 14, 17, dtype=torch.float64)
-    for x in (base[:, 1:13, 1:15], base.transpose(1, 2), base[..., ::2], base[:, :12, :16]):
+    for x in (base[:, 1:13, 1:15], base.transpose(1, 2), base[..., ::2], base[:, :12, :16], base[:, :, 1:]):
         expected = _analysis(x, one, "reference")
         torch.testing.assert_close(ops.wavelet_fwd(x, *one), expected)
+        wide = torch.cat([expected, expected], -1)
+        for first in (0, 1, 2):
+            bands = wide[..., first : first + expected.shape[-1]].unbind(1)
+            back = _synthesis(bands, one, x.shape[1:], "reference")
+            torch.testing.assert_close(ops.wavelet_bwd(*bands, *one, *x.shape[1:]), back)
     assert ops.wavelet_fwd(base[:0], *one).shape[0] == 0
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_order_of_threads_does_not_matter(ops, monkeypatch, order):
+@pytest.mark.parametrize(("wavelet", "mode"), [("db2", "symmetric"), ("db3", "antireflect"), ("haar", "stationary")])
+def test_order_of_threads_does_not_matter(ops, monkeypatch, order, wavelet, mode):
     monkeypatch.setenv("SIMT_ORDER", order)
-    agrees(ops, level("db2", "symmetric"), (1, 9, 40))
+    agrees(ops, level(wavelet, mode), (1, 40, 200))
 
 
 def test_index_arithmetic_beyond_32_bits(ops, tmp_path):
@@ -86,8 +124,10 @@ def test_index_arithmetic_beyond_32_bits(ops, tmp_path):
         torch.testing.assert_close(ops.wavelet_fwd(x, *one), _analysis(x.contiguous(), one, "reference"))
 
 
-def test_planted_fault_is_noticed():
-    edit = ("  __syncthreads();\n\n  const int64_t width = s.x.count", "  const int64_t width = s.x.count", 0)
-    faulty = simt.load(SOURCE, NAMES, edit)
-    with pytest.raises(AssertionError):
-        agrees(faulty, level("db2", "symmetric"), (1, 9, 40))
+@pytest.mark.parametrize("after", ["  // Eight rows", "  const int c0"])
+def test_planted_fault_is_noticed(monkeypatch, after):
+    faulty = simt.load(SOURCE, NAMES, (f"  __syncthreads();\n\n{after}", after, 0))
+    for order in ("forward", "shuffle"):  # threads read to their right: what "reverse" has run already
+        monkeypatch.setenv("SIMT_ORDER", order)
+        with pytest.raises(AssertionError):
+            agrees(faulty, level("db2", "symmetric"), (1, 9, 40))
