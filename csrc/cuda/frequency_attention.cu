@@ -50,12 +50,19 @@ struct Layout {
   static constexpr int kRow = sizeof(T) == 4 ? kTile + 8 : kTile + 1;
   // A thread has one frequency and kOut channels.
   static constexpr int kOut = kDepth * kTile / kThreads;
-  // Blocks of a multiprocessor, which bound the registers.
-  static constexpr int kResident = sizeof(T) == 8 ? 1 : (kDepth == 8 ? 4 : (kDepth == 16 ? 3 : 2));
-
   // Rows of arrays and matrices in shared memory; a constant where loops over so few had better be unrolled.
   static __device__ int padded(const Shape& s) { return kDepth == 8 ? 8 : s.padded; }
+  // Elements of an array, of a matrix's row and of a matrix: rows 4 banks apart, as the tensor cores read them.
+  static __device__ int array(const Shape& s) { return padded(s) * kRow; }
+  static __device__ int line(const Shape& s) { return padded(s) + 4; }
+  static __device__ int matrix(const Shape& s) { return padded(s) * line(s); }
 };
+
+// Blocks of a multiprocessor, which bound a kernel's registers; narrow: those where heads have at most 8 channels.
+template <typename T, int kDepth>
+constexpr int resident(int narrow) {
+  return sizeof(T) == 8 ? 1 : (kDepth == 8 ? narrow : 2);
+}
 
 // A block's head and run, and the frequency and first channel of a thread, which goes along with the tiles.
 template <class L>
@@ -78,8 +85,14 @@ struct Run {
     return x + (head * s.depth + channel) * s.frequencies + n;
   }
 
+  // The same of another channel and frequency of the tile.
+  template <typename V>
+  __device__ V* in(const Shape& s, V* x, int i, int of) const {
+    return x + (head * s.depth + i) * s.frequencies + (n - t) + of;
+  }
+
   __device__ bool more() const { return n - t < last; }
-  __device__ bool inside(const Shape& s, int e) const { return n < s.frequencies && channel + e < s.depth; }
+  __device__ bool inside(const Shape& s, int i, int of) const { return n - t + of < s.frequencies && i < s.depth; }
   __device__ void next(const Shape& s) {
     n += L::kTile;
     column += s.step;
@@ -90,10 +103,10 @@ struct Run {
   __device__ bool real(const Shape& s) const {
     return n == s.real[0] || n == s.real[1] || n == s.real[2] || n == s.real[3];
   }
-  // How often the column stands in the full spectrum.
+  // How often the column stands in the full spectrum; 0 where the spectrum is real (in columns that stand there once).
   template <typename T>
   __device__ T weight(const Shape& s) const {
-    return column == 0 || 2 * column == s.width ? T(1) : T(2);
+    return real(s) ? T(0) : column == 0 || 2 * column == s.width ? T(1) : T(2);
   }
 };
 
@@ -110,7 +123,7 @@ __device__ void load_polar(const Shape& s, const Run<Layout<T, kDepth>>& run, co
   using L = Layout<T, kDepth>;
   constexpr int kLoads = 4;  // on their way together, of every spectrum
   const bool real = run.real(s);
-  const int array = L::padded(s) * L::kRow;
+  const int array = L::array(s);
   T* const to = shared + run.channel * L::kRow + run.t;
 #pragma unroll
   for (int first = 0; first < L::kOut; first += kLoads) {
@@ -121,7 +134,8 @@ __device__ void load_polar(const Shape& s, const Run<Layout<T, kDepth>>& run, co
 #pragma unroll
       for (int m = 0; m < kSpectra; ++m) {
         values[e][m] = {T(0), T(0)};
-        if (run.inside(s, first + e)) values[e][m] = x[m][(first + e) * static_cast<int64_t>(s.frequencies)];
+        if (run.inside(s, run.channel + first + e, run.t))
+          values[e][m] = x[m][(first + e) * static_cast<int64_t>(s.frequencies)];
       }
     }
 #pragma unroll
@@ -136,46 +150,66 @@ __device__ void load_polar(const Shape& s, const Run<Layout<T, kDepth>>& run, co
   }
 }
 
-// Both [depth, depth] matrices into shared memory, [padded, padded] with zeros.
+// Both [depth, depth] matrices into shared memory, zeros around them.
 template <typename T, int kDepth>
 __device__ void load_matrices(const Shape& s, const T* matrices, T* shared) {
-  const int padded = Layout<T, kDepth>::padded(s);
-  for (int row = static_cast<int>(threadIdx.x) / 32; row < 2 * padded; row += kWarps) {
-    const int matrix = row >= padded ? 1 : 0, y = row - matrix * padded;
-    for (int x = static_cast<int>(threadIdx.x) % 32; x < padded; x += 32)
-      shared[row * padded + x] = y < s.depth && x < s.depth ? matrices[(matrix * s.depth + y) * s.depth + x] : T(0);
+  using L = Layout<T, kDepth>;
+  for (int row = static_cast<int>(threadIdx.x) / 32; row < 2 * L::padded(s); row += kWarps) {
+    const int which = row >= L::padded(s) ? 1 : 0, y = row - which * L::padded(s);
+    for (int x = static_cast<int>(threadIdx.x) % 32; x < L::padded(s); x += 32)
+      shared[row * L::line(s) + x] = y < s.depth && x < s.depth ? matrices[(which * s.depth + y) * s.depth + x] : T(0);
   }
 }
 
-// Σ_j matrix[i + e, j] x[j, t], or of its transpose, of the thread's channels i + e and frequency t.
-template <typename T, int kDepth, bool kTransposed = false>
-struct Mix {
+// body(i, t, Σ_j matrices[0, i, j] x[0, j, t], Σ_j matrices[1, i, j] x[1, j, t]), or of the transposes, for every
+// channel and frequency of the tile; x: arrays of amplitudes and of phases.
+template <typename T, int kDepth, bool kTransposed = false, typename Body>
+__device__ void mix(const Shape& s, const Run<Layout<T, kDepth>>& run, const T* matrices, const T* x, Body body) {
   using L = Layout<T, kDepth>;
-  T sums[L::kOut] = {};
-
-  __device__ Mix(const Shape& s, const Run<L>& run, const T* matrix, const T* x) {
-    // Four of a row of the matrix in one read, the same for the whole warp.
-    struct alignas(16) Four {
-      T values[4];
-    };
-    const auto four = [&](int row, int column) {
-      return *reinterpret_cast<const Four*>(matrix + row * L::padded(s) + column);
-    };
+  const auto element = [&](int which, int i, int j) {
+    return matrices[which * L::matrix(s) + (kTransposed ? j * L::line(s) + i : i * L::line(s) + j)];
+  };
+  if constexpr (sizeof(T) == 8) {
+    for (int i = run.channel; i < min(run.channel + L::kOut, L::padded(s)); ++i) {
+      T sums[2] = {};
+      for (int j = 0; j < s.depth; ++j)
+        for (int m = 0; m < 2; ++m) sums[m] += element(m, i, j) * x[m * L::array(s) + j * L::kRow + run.t];
+      body(i, run.t, sums[0], sums[1]);
+    }
+  } else {
+    // A warp has 16 channels and 16 frequencies. Columns of a product are frequencies 0, 4, 1, 5, ...: a lane's two
+    // results then lie apart, and those of four lanes together.
+    // Up to 8 channels rows of both matrices share a product, of which half is of use.
+    constexpr bool kBoth = kDepth == 8;
+    constexpr int kStrips = (kDepth + 15) / 16;
+    const int warp = static_cast<int>(threadIdx.x) / 32, q = static_cast<int>(threadIdx.x) % 32 / 4;
+    const int r = static_cast<int>(threadIdx.x) % 4, first = warp % kStrips * 16, t = warp / kStrips * 16;
+    if (first >= L::padded(s)) return;
+    const int upper = min(first + q, L::padded(s) - 1), lower = min(upper + (kBoth ? 0 : 8), L::padded(s) - 1);
+    psf::Sum<true> sums[2][2];
 #pragma unroll(kDepth == 8 ? 2 : 1)
-    for (int j = 0; j < L::padded(s); j += 4) {
-      T values[4];
+    for (int j = 0; j < L::padded(s); j += 8) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) values[c] = x[(j + c) * L::kRow + run.t];
+      for (int m = 0; m < 2; ++m) {
+        const int above = kBoth ? 0 : m, below = kBoth ? 1 : m;
+        const psf::Operand<true> a({element(above, upper, j + r), element(below, lower, j + r),
+                                    element(above, upper, j + r + 4), element(below, lower, j + r + 4)});
 #pragma unroll
-      for (int e = 0; e < L::kOut; ++e) {
-        const Four part = kTransposed ? four(j + e % 4, run.channel + e / 4 * 4) : four(run.channel + e, j);
-#pragma unroll
-        for (int c = 0; c < 4; ++c)
-          sums[kTransposed ? e / 4 * 4 + c : e] += part.values[c] * values[kTransposed ? e % 4 : c];
+        for (int n = 0; n < 2; ++n) {
+          const float* const right = x + m * L::array(s) + (j + r) * L::kRow + t + 8 * n + q / 2 + q % 2 * 4;
+          sums[m][n].add(a, psf::Terms<2>({right[0], right[4 * L::kRow]}));
+        }
       }
     }
+#pragma unroll
+    for (int e = 0; e < (kBoth ? 2 : 4); ++e) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+        if (first + q + e / 2 * 8 < L::padded(s))
+          body(first + q + e / 2 * 8, t + 8 * n + r + e % 2 * 4, sums[0][n][e], sums[1][n][kBoth ? e + 2 : e]);
+    }
   }
-};
+}
 
 // Sums of x[i, t] y[j, t] over tiles for both Gram matrices; x and y: arrays of amplitudes, then of phases.
 template <typename T, int kDepth>
@@ -235,7 +269,7 @@ struct Gram<float, kDepth> {
     };
     const float2* const upper = line(x, matrix, first + lane / 4);
     const float2* const lower = line(x, kBoth ? 1 : matrix, first + lane / 4 + (kBoth ? 0 : 8));
-#pragma unroll
+#pragma unroll(kDepth == 64 ? 1 : 4)
     for (int eight = 0; eight < L::kTile / 8; eight += kGroups) {
       const int t = 4 * (eight + group);
       const psf::Operand<true> a({upper[t].x, lower[t].x, upper[t].y, lower[t].y});
@@ -264,19 +298,19 @@ struct Gram<float, kDepth> {
 // Writes the gradient of one value of a spectrum in its place; 1 / its column's weight is what the adjoint of rfft2
 // asks of the inverse transform.
 template <typename T>
-__device__ void store_gradient(Value<T>* at, bool real, T weight, T amplitude, T grad_amplitude, T grad_phase) {
+__device__ void store_gradient(Value<T>* at, T weight, T amplitude, T grad_amplitude, T grad_phase) {
   const Value<T> value = *at;
   psf::Complex<T> gradient{T(0), T(0)};
-  if (!real)
+  if (weight > T(0))
     gradient = psf::polar_gradient(value.re, value.im, amplitude, grad_amplitude, grad_phase);
   else if (amplitude > T(0))
     gradient.re = value.re < T(0) ? -grad_amplitude : grad_amplitude;
-  const T inverse = weight == T(1) ? T(1) : T(0.5);
+  const T inverse = weight > T(1) ? T(0.5) : T(1);
   *at = {gradient.re * inverse, gradient.im * inverse};
 }
 
 template <typename T, int kDepth>
-__global__ void __launch_bounds__(kThreads, (Layout<T, kDepth>::kResident))
+__global__ void __launch_bounds__(kThreads, (resident<T, kDepth>(4)))
     gram_kernel(Shape s, const Value<T>* q, const Value<T>* k, T* out) {
   using L = Layout<T, kDepth>;
   PSF_DYNAMIC_SHARED(T, shared);
@@ -287,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, (Layout<T, kDepth>::kResident))
   for (; run.more(); run.next(s), q += L::kTile, k += L::kTile) {
     load_polar<T, kDepth, 2>(s, run, {q, k}, shared);
     __syncthreads();
-    sums.add(s, shared, shared + 2 * L::padded(s) * L::kRow);
+    sums.add(s, shared, shared + 2 * L::array(s));
     __syncthreads();
   }
   sums.store(s, out);
@@ -317,106 +351,81 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kDepth>
-__global__ void __launch_bounds__(kThreads, (Layout<T, kDepth>::kResident))
+__global__ void __launch_bounds__(kThreads, (resident<T, kDepth>(4)))
     apply_kernel(Shape s, Value<T>* v, const T* attention) {
   using L = Layout<T, kDepth>;
   PSF_DYNAMIC_SHARED(T, shared);
+  T* const matrices = shared + 2 * L::array(s);
   Run<L> run(s);
-  v = run.in(s, v);
-  const int array = L::padded(s) * L::kRow;
-  T* const matrices = shared + 2 * array;
   load_matrices<T, kDepth>(s, attention + run.head * 2 * s.depth * s.depth, matrices);
-  for (; run.more(); run.next(s), v += L::kTile) {
-    load_polar<T, kDepth, 1>(s, run, {v}, shared);
+  for (const Value<T>* from = run.in(s, v); run.more(); run.next(s), from += L::kTile) {
+    load_polar<T, kDepth, 1>(s, run, {from}, shared);
     __syncthreads();
-    if (run.inside(s, 0)) {
-      const Mix<T, kDepth> amplitudes(s, run, matrices, shared);
-      const Mix<T, kDepth> phases(s, run, matrices + L::padded(s) * L::padded(s), shared + array);
-#pragma unroll
-      for (int e = 0; e < L::kOut; ++e) {
-        const psf::Complex<T> direction = psf::unit(phases.sums[e]);
-        const T amplitude = amplitudes.sums[e];
-        if (run.channel + e < s.depth)
-          v[e * static_cast<int64_t>(s.frequencies)] = {amplitude * direction.re, amplitude * direction.im};
-      }
-    }
+    mix<T, kDepth>(s, run, matrices, shared, [&](int i, int t, T amplitude, T phase) {
+      const psf::Complex<T> direction = psf::unit(phase);
+      if (run.inside(s, i, t)) *run.in(s, v, i, t) = {amplitude * direction.re, amplitude * direction.im};
+    });
     __syncthreads();
   }
 }
 
 template <typename T, int kDepth>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, (resident<T, kDepth>(2)))
     apply_backward_kernel(Shape s, Value<T>* v, const Value<T>* grad, const T* attention, T* out) {
   using L = Layout<T, kDepth>;
   PSF_DYNAMIC_SHARED(T, shared);
+  PSF_SHARED(T, weights, L::kTile);
+  T* const grads = shared + 2 * L::array(s);  // of mixed amplitudes, then of mixed phases
+  T* const matrices = grads + 2 * L::array(s);
   Run<L> run(s);
-  v = run.in(s, v);
-  grad = run.in(s, grad);
-  const int array = L::padded(s) * L::kRow, place = run.channel * L::kRow + run.t;
-  T* const grads = shared + 2 * array;  // of mixed amplitudes, then of mixed phases
-  T* const matrices = grads + 2 * array;
-  T* const for_phases = matrices + L::padded(s) * L::padded(s);
   load_matrices<T, kDepth>(s, attention + run.head * 2 * s.depth * s.depth, matrices);
   Gram<T, kDepth> sums;
-  for (; run.more(); run.next(s), v += L::kTile, grad += L::kTile) {
-    load_polar<T, kDepth, 1>(s, run, {v}, shared);
+  for (const Value<T>* from = run.in(s, v); run.more(); run.next(s), from += L::kTile) {
+    load_polar<T, kDepth, 1>(s, run, {from}, shared);
+    if (run.channel == 0) weights[run.t] = run.template weight<T>(s);
     __syncthreads();
-    const T weight = run.template weight<T>(s);
-    if (run.channel < L::padded(s)) {
-      const Mix<T, kDepth> amplitudes(s, run, matrices, shared), phases(s, run, for_phases, shared + array);
-#pragma unroll
-      for (int e = 0; e < L::kOut; ++e) {
-        Value<T> value{T(0), T(0)};
-        if (run.inside(s, e)) value = grad[e * static_cast<int64_t>(s.frequencies)];
-        const psf::Complex<T> direction = psf::unit(phases.sums[e]);
-        const T re = value.re * weight, im = value.im * weight;
-        grads[place + e * L::kRow] = re * direction.re + im * direction.im;
-        grads[place + e * L::kRow + array] = amplitudes.sums[e] * (im * direction.re - re * direction.im);
-      }
-    }
+    mix<T, kDepth>(s, run, matrices, shared, [&](int i, int t, T amplitude, T phase) {
+      Value<T> value{T(0), T(0)};
+      if (run.inside(s, i, t)) value = *run.in(s, grad, i, t);
+      const T weight = weights[t] > T(1) ? T(2) : T(1), re = value.re * weight, im = value.im * weight;
+      const psf::Complex<T> direction = psf::unit(phase);
+      grads[i * L::kRow + t] = re * direction.re + im * direction.im;
+      grads[i * L::kRow + t + L::array(s)] = amplitude * (im * direction.re - re * direction.im);
+    });
     __syncthreads();
     sums.add(s, grads, shared);
-    if (run.inside(s, 0)) {
-      const Mix<T, kDepth, true> amplitudes(s, run, matrices, grads), phases(s, run, for_phases, grads + array);
-#pragma unroll
-      for (int e = 0; e < L::kOut; ++e)
-        if (run.channel + e < s.depth)
-          store_gradient(v + e * static_cast<int64_t>(s.frequencies), run.real(s), weight, shared[place + e * L::kRow],
-                         amplitudes.sums[e], phases.sums[e]);
-    }
+    mix<T, kDepth, true>(s, run, matrices, grads, [&](int i, int t, T grad_amplitude, T grad_phase) {
+      if (run.inside(s, i, t))
+        store_gradient(run.in(s, v, i, t), weights[t], shared[i * L::kRow + t], grad_amplitude, grad_phase);
+    });
     __syncthreads();
   }
   sums.store(s, out);
 }
 
 template <typename T, int kDepth>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, (resident<T, kDepth>(2)))
     gram_backward_kernel(Shape s, Value<T>* q, Value<T>* k, const T* grad) {
   using L = Layout<T, kDepth>;
   PSF_DYNAMIC_SHARED(T, shared);
+  PSF_SHARED(T, weights, L::kTile);
+  T* const for_k = shared + 2 * L::array(s);
+  T* const matrices = for_k + 2 * L::array(s);
   Run<L> run(s);
-  q = run.in(s, q);
-  k = run.in(s, k);
-  const int array = L::padded(s) * L::kRow;
-  T* const matrices = shared + 4 * array;
   load_matrices<T, kDepth>(s, grad + run.head * 2 * s.depth * s.depth, matrices);
-  // of: the spectrum whose gradient is formed, `own` its arrays; other: those of the other one.
-  const auto form = [&](auto transposed, Value<T>* of, const T* own, const T* other) {
-    const Mix<T, kDepth, transposed()> amplitudes(s, run, matrices, other);
-    const Mix<T, kDepth, transposed()> phases(s, run, matrices + L::padded(s) * L::padded(s), other + array);
-#pragma unroll
-    for (int e = 0; e < L::kOut; ++e)
-      if (run.channel + e < s.depth)
-        store_gradient(of + e * static_cast<int64_t>(s.frequencies), run.real(s), run.template weight<T>(s),
-                       own[(run.channel + e) * L::kRow + run.t], amplitudes.sums[e], phases.sums[e]);
+  const auto store = [&](Value<T>* x, const T* amplitudes) {
+    return [&, x, amplitudes](int i, int t, T grad_amplitude, T grad_phase) {
+      if (run.inside(s, i, t))
+        store_gradient(run.in(s, x, i, t), weights[t], amplitudes[i * L::kRow + t], grad_amplitude, grad_phase);
+    };
   };
-  for (; run.more(); run.next(s), q += L::kTile, k += L::kTile) {
-    load_polar<T, kDepth, 2>(s, run, {q, k}, shared);
+  const Value<T>* from_k = run.in(s, k);
+  for (const Value<T>* from_q = run.in(s, q); run.more(); run.next(s), from_q += L::kTile, from_k += L::kTile) {
+    load_polar<T, kDepth, 2>(s, run, {from_q, from_k}, shared);
+    if (run.channel == 0) weights[run.t] = run.template weight<T>(s);
     __syncthreads();
-    if (run.inside(s, 0)) {
-      form(std::false_type(), q, shared, shared + 2 * array);
-      form(std::true_type(), k, shared + 2 * array, shared);
-    }
+    mix<T, kDepth>(s, run, matrices, for_k, store(q, shared));
+    mix<T, kDepth, true>(s, run, matrices, shared, store(k, for_k));
     __syncthreads();
   }
 }
@@ -519,8 +528,8 @@ unsigned blocks(int64_t count) { return static_cast<unsigned>(count); }
 // Of arrays [padded, kRow] and matrices.
 template <typename T, int kDepth>
 size_t shared_bytes(const Shape& s, int arrays, int matrices) {
-  return (static_cast<size_t>(arrays) * Layout<T, kDepth>::kRow + static_cast<size_t>(matrices) * s.padded) * s.padded *
-         sizeof(T);
+  return (static_cast<size_t>(arrays) * Layout<T, kDepth>::kRow + static_cast<size_t>(matrices) * (s.padded + 4)) *
+         s.padded * sizeof(T);
 }
 
 template <typename T>
