@@ -3,11 +3,10 @@
 //
 // A block works on a run of frequencies of one head, a tile at a time: amplitudes and phases [depth, tile] lie in
 // shared memory, each computed once from a coalesced read. Sums over frequencies leave a result a run, and these are
-// added up in double in a fixed order: no atomics, and as runs depend on sizes alone, the same bits every time and
-// everywhere.
+// added up in double in a fixed order: no atomics, the same bits every time, in runs that depend on sizes alone.
 //
-// Gram matrices of float32 run on the tensor cores, operands split in two TF32 terms: as good as float32 whatever
-// torch's precision setting, and fast enough, as one TF32 term would wait for memory just as well.
+// Products of float32 run on the tensor cores, operands split in two TF32 terms: as good as float32 whatever torch's
+// precision setting, and fast enough. float64 is scalar.
 #include "cuda/mma.cuh"
 #include "cuda/polar.cuh"
 #include "cuda/runtime.cuh"
@@ -21,7 +20,8 @@ using torch::stable::Tensor;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxDepth = 64;
-// Blocks of a launch that its runs aim at: several for every multiprocessor of the largest devices.
+// Blocks of a launch that its runs aim at: two rounds on the largest devices. Half of them where heads are wider, whose
+// blocks take more of a multiprocessor and leave larger sums.
 constexpr int kBlocks = 1024;
 constexpr int64_t kMaxFrequencies = 1 << 30;
 constexpr double kSmallestNorm = 1e-12;
@@ -51,11 +51,11 @@ struct Layout {
   // A thread has one frequency and kOut channels.
   static constexpr int kOut = kDepth * kTile / kThreads;
   // Rows of arrays and matrices in shared memory; a constant where loops over so few had better be unrolled.
-  static __device__ int padded(const Shape& s) { return kDepth == 8 ? 8 : s.padded; }
+  static __host__ __device__ int padded(const Shape& s) { return kDepth == 8 ? 8 : s.padded; }
   // Elements of an array, of a matrix's row and of a matrix: rows 4 banks apart, as the tensor cores read them.
-  static __device__ int array(const Shape& s) { return padded(s) * kRow; }
-  static __device__ int line(const Shape& s) { return padded(s) + 4; }
-  static __device__ int matrix(const Shape& s) { return padded(s) * line(s); }
+  static __host__ __device__ int array(const Shape& s) { return padded(s) * kRow; }
+  static __host__ __device__ int line(const Shape& s) { return padded(s) + 4; }
+  static __host__ __device__ int matrix(const Shape& s) { return padded(s) * line(s); }
 };
 
 // Blocks of a multiprocessor, which bound a kernel's registers; narrow: those where heads have at most 8 channels.
@@ -154,10 +154,16 @@ __device__ void load_polar(const Shape& s, const Run<Layout<T, kDepth>>& run, co
 template <typename T, int kDepth>
 __device__ void load_matrices(const Shape& s, const T* matrices, T* shared) {
   using L = Layout<T, kDepth>;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll 4
   for (int row = static_cast<int>(threadIdx.x) / 32; row < 2 * L::padded(s); row += kWarps) {
     const int which = row >= L::padded(s) ? 1 : 0, y = row - which * L::padded(s);
-    for (int x = static_cast<int>(threadIdx.x) % 32; x < L::padded(s); x += 32)
-      shared[row * L::line(s) + x] = y < s.depth && x < s.depth ? matrices[(which * s.depth + y) * s.depth + x] : T(0);
+#pragma unroll
+    for (int x = lane; x < lane + kDepth; x += 32) {
+      // Read in any case, so that several are on their way.
+      const T value = matrices[(which * s.depth + min(y, s.depth - 1)) * s.depth + min(x, s.depth - 1)];
+      if (x < L::padded(s)) shared[row * L::line(s) + x] = y < s.depth && x < s.depth ? value : T(0);
+    }
   }
 }
 
@@ -262,22 +268,27 @@ struct Gram<float, kDepth> {
 
   __device__ void add(const Shape& s, const float* x, const float* y) {
     if (first >= s.depth) return;
-    // Rows and columns beyond the head's channels only reach results that are not stored. Which eight frequencies a
-    // product takes is free: a lane's are neighbours, read together.
-    const auto line = [&](const float* array, int which, int i) {
-      return reinterpret_cast<const float2*>(array + (which * L::padded(s) + min(i, s.depth - 1)) * L::kRow) + lane % 4;
+    // Eights of rows and columns beyond the head's channels only reach results that are not stored. Which eight
+    // frequencies a product takes is free: a lane's are neighbours, read together.
+    const auto line = [&](const float* array, int which, int eight) {
+      const float* const rows = array + which * L::array(s) + min(eight, L::padded(s) - 8) * L::kRow;
+      return reinterpret_cast<const float2*>(rows + lane / 4 * L::kRow) + lane % 4;
     };
-    const float2* const upper = line(x, matrix, first + lane / 4);
-    const float2* const lower = line(x, kBoth ? 1 : matrix, first + lane / 4 + (kBoth ? 0 : 8));
-#pragma unroll(kDepth == 64 ? 1 : 4)
+    const float2* const upper = line(x, matrix, first);
+    const float2* const lower = line(x, kBoth ? 1 : matrix, first + 8);
+#pragma unroll(kDepth >= 32 ? 1 : 4)
     for (int eight = 0; eight < L::kTile / 8; eight += kGroups) {
       const int t = 4 * (eight + group);
       const psf::Operand<true> a({upper[t].x, lower[t].x, upper[t].y, lower[t].y});
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
-        const float2 right = line(y, kBoth ? n : matrix, lane / 4 + (kBoth ? 0 : 8 * n))[t];
+        const float2 right = line(y, kBoth ? n : matrix, 8 * n)[t];
         sums[n].add(a, psf::Terms<2>({right.x, right.y}));
       }
+    }
+    if constexpr (kDepth == 64) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) sums[n].fold();
     }
   }
 
@@ -374,9 +385,9 @@ __global__ void __launch_bounds__(kThreads, (resident<T, kDepth>(2)))
     apply_backward_kernel(Shape s, Value<T>* v, const Value<T>* grad, const T* attention, T* out) {
   using L = Layout<T, kDepth>;
   PSF_DYNAMIC_SHARED(T, shared);
-  PSF_SHARED(T, weights, L::kTile);
   T* const grads = shared + 2 * L::array(s);  // of mixed amplitudes, then of mixed phases
   T* const matrices = grads + 2 * L::array(s);
+  T* const weights = matrices + 2 * L::matrix(s);  // of the tile's frequencies
   Run<L> run(s);
   load_matrices<T, kDepth>(s, attention + run.head * 2 * s.depth * s.depth, matrices);
   Gram<T, kDepth> sums;
@@ -408,9 +419,9 @@ __global__ void __launch_bounds__(kThreads, (resident<T, kDepth>(2)))
     gram_backward_kernel(Shape s, Value<T>* q, Value<T>* k, const T* grad) {
   using L = Layout<T, kDepth>;
   PSF_DYNAMIC_SHARED(T, shared);
-  PSF_SHARED(T, weights, L::kTile);
   T* const for_k = shared + 2 * L::array(s);
   T* const matrices = for_k + 2 * L::array(s);
+  T* const weights = matrices + 2 * L::matrix(s);
   Run<L> run(s);
   load_matrices<T, kDepth>(s, grad + run.head * 2 * s.depth * s.depth, matrices);
   const auto store = [&](Value<T>* x, const T* amplitudes) {
@@ -509,11 +520,12 @@ void dispatch(const Tensor& x, int64_t num_heads, int64_t width, Body body) {
     const bool row = i / 2 == 0 || height % 2 == 0, column = i % 2 == 0 || width % 2 == 0;
     s.real[i] = row && column ? static_cast<int>(i / 2 * (height / 2) * columns + i % 2 * (width / 2)) : -1;
   }
-  const int64_t wanted = (kBlocks - 1) / (x.size(0) * num_heads) + 1;
+  const int64_t heads = x.size(0) * num_heads;
   psf::dispatch_spectrum(x, [&](auto zero) {
     dispatch_depth(s.depth, [&](auto most) {
       using L = Layout<decltype(zero), most()>;
       const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+      const int64_t wanted = divide(most() == 8 ? kBlocks : kBlocks / 2, heads);
       s.padded = static_cast<int>(divide(depth, 8)) * 8;
       s.length = static_cast<int>(divide(divide(frequencies, wanted), L::kTile)) * L::kTile;
       s.runs = static_cast<int>(divide(frequencies, s.length));
@@ -525,11 +537,11 @@ void dispatch(const Tensor& x, int64_t num_heads, int64_t width, Body body) {
 
 unsigned blocks(int64_t count) { return static_cast<unsigned>(count); }
 
-// Of arrays [padded, kRow] and matrices.
+// Of arrays [padded, kRow], matrices and, with those, weights.
 template <typename T, int kDepth>
 size_t shared_bytes(const Shape& s, int arrays, int matrices) {
-  return (static_cast<size_t>(arrays) * Layout<T, kDepth>::kRow + static_cast<size_t>(matrices) * (s.padded + 4)) *
-         s.padded * sizeof(T);
+  using L = Layout<T, kDepth>;
+  return sizeof(T) * (arrays * L::array(s) + matrices * L::matrix(s) + (matrices > 0 ? L::kTile : 0));
 }
 
 template <typename T>
