@@ -1,37 +1,113 @@
 // The frequency attention's passes on CUDA devices; the FFTs between them are torch's
 // (pansharp_fast/ops/frequency_attention.py, which also holds the schemas).
 //
-// A block works on tiles of kTile frequencies of one head: amplitudes and phases [depth, kTile] lie in shared memory,
-// each computed once from a coalesced read. Sums over frequencies are cut into runs of kRun, a block each, and the
-// runs' results are added up in double in a fixed order: no atomics, the same bits every time.
+// A block works on a run of frequencies of one head, a tile at a time: amplitudes and phases [depth, tile] lie in
+// shared memory, each computed once from a coalesced read. Sums over frequencies leave a result a run, and these are
+// added up in double in a fixed order: no atomics, the same bits every time, in runs that depend on sizes alone.
 //
-// Gram matrices of float32 run on the tensor cores, operands split in two TF32 terms: as good as float32 whatever
-// torch's precision setting, and fast enough, as one TF32 term would wait for memory just as well.
+// Products of float32 run on the tensor cores, operands split in two TF32 terms: as good as float32 whatever torch's
+// precision setting, and fast enough. float64 is scalar.
 #include "cuda/mma.cuh"
+#include "cuda/polar.cuh"
 #include "cuda/runtime.cuh"
 #include "frequency_attention_tensors.h"
-#include "math/frequency_attention.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kTile = 32;
-// Of a shared array: 36 floats keep the tensor cores' operands free of bank conflicts, 33 doubles columns and rows.
-template <typename T>
-constexpr int kRow = sizeof(T) == 4 ? kTile + 4 : kTile + 1;
-constexpr int kRun = 2048;
 constexpr int kThreads = 256;
-constexpr int kRows = kThreads / kTile;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxDepth = 64;
+// Blocks of a launch that its runs aim at: two rounds on the largest devices. Half of them where heads are wider, whose
+// blocks take more of a multiprocessor and leave larger sums.
+constexpr int kBlocks = 1024;
+constexpr int64_t kMaxFrequencies = 1 << 30;
 constexpr double kSmallestNorm = 1e-12;
 
+// A spectrum's value, read and written in one piece.
+template <typename T>
+struct alignas(2 * sizeof(T)) Value {
+  T re, im;
+};
+
 struct Shape {
-  int64_t frequencies;
-  int depth, height, width, columns;
-  int64_t runs;
+  int frequencies, depth, width, columns;
+  int padded;   // depth rounded up to eights
+  int real[4];  // where the spectrum of a real map is real; -1: nowhere
+  int runs, length;
+  int step;  // of columns, a tile
+};
+
+// What depends on the channels of a head, of which there are at most kDepth.
+template <typename T, int kDepth>
+struct Layout {
+  // Frequencies of a tile: what the shared memory holds of the backward's arrays and matrices.
+  static constexpr int kTile = kDepth <= 16 ? 128 : 2048 / kDepth;
+  // Of a shared array: rows of floats 8 banks apart keep the tensor cores' operands free of bank conflicts, an odd
+  // number of doubles columns and rows.
+  static constexpr int kRow = sizeof(T) == 4 ? kTile + 8 : kTile + 1;
+  // A thread has one frequency and kOut channels.
+  static constexpr int kOut = kDepth * kTile / kThreads;
+  // Rows of arrays and matrices in shared memory; a constant where loops over so few had better be unrolled.
+  static __host__ __device__ int padded(const Shape& s) { return kDepth == 8 ? 8 : s.padded; }
+  // Elements of an array, of a matrix's row and of a matrix: rows 4 banks apart, as the tensor cores read them.
+  static __host__ __device__ int array(const Shape& s) { return padded(s) * kRow; }
+  static __host__ __device__ int line(const Shape& s) { return padded(s) + 4; }
+  static __host__ __device__ int matrix(const Shape& s) { return padded(s) * line(s); }
+};
+
+// Blocks of a multiprocessor, which bound a kernel's registers; narrow: those where heads have at most 8 channels.
+template <typename T, int kDepth>
+constexpr int resident(int narrow) {
+  return sizeof(T) == 8 ? 1 : (kDepth == 8 ? narrow : 2);
+}
+
+// A block's head and run, and the frequency and first channel of a thread, which goes along with the tiles.
+template <class L>
+struct Run {
+  int64_t head;
+  int last, t, n, channel, column;
+
+  __device__ explicit Run(const Shape& s) : head(blockIdx.x / static_cast<unsigned>(s.runs)) {
+    const int first = static_cast<int>(blockIdx.x % static_cast<unsigned>(s.runs)) * s.length;
+    last = min(first + s.length, s.frequencies);
+    t = static_cast<int>(threadIdx.x) % L::kTile;
+    channel = static_cast<int>(threadIdx.x) / L::kTile * L::kOut;
+    n = first + t;
+    column = n % s.columns;
+  }
+
+  // Where the thread's values begin in a spectrum.
+  template <typename V>
+  __device__ V* in(const Shape& s, V* x) const {
+    return x + (head * s.depth + channel) * s.frequencies + n;
+  }
+
+  // The same of another channel and frequency of the tile.
+  template <typename V>
+  __device__ V* in(const Shape& s, V* x, int i, int of) const {
+    return x + (head * s.depth + i) * s.frequencies + (n - t) + of;
+  }
+
+  __device__ bool more() const { return n - t < last; }
+  __device__ bool inside(const Shape& s, int i, int of) const { return n - t + of < s.frequencies && i < s.depth; }
+  __device__ void next(const Shape& s) {
+    n += L::kTile;
+    column += s.step;
+    if (column >= s.columns) column -= s.columns;
+  }
+
+  // Where the spectrum of a real map is real.
+  __device__ bool real(const Shape& s) const {
+    return n == s.real[0] || n == s.real[1] || n == s.real[2] || n == s.real[3];
+  }
+  // How often the column stands in the full spectrum; 0 where the spectrum is real (in columns that stand there once).
+  template <typename T>
+  __device__ T weight(const Shape& s) const {
+    return real(s) ? T(0) : column == 0 || 2 * column == s.width ? T(1) : T(2);
+  }
 };
 
 template <typename T>
@@ -39,69 +115,125 @@ __device__ T kernel_sqrt(T x) {
   return static_cast<T>(sqrt(x));
 }
 
-// Where the spectrum of a real map is real.
-__device__ bool is_real(const Shape& s, int64_t n) {
-  const int row = static_cast<int>(n / s.columns), column = static_cast<int>(n % s.columns);
-  return (row == 0 || 2 * row == s.height) && (column == 0 || 2 * column == s.width);
-}
-
-// How often the column of a frequency stands in the full spectrum.
-template <typename T>
-__device__ T column_weight(const Shape& s, int64_t n) {
-  const int column = static_cast<int>(n % s.columns);
-  return column == 0 || 2 * column == s.width ? T(1) : T(2);
-}
-
-// Amplitudes and phases of a tile, 0 beyond the end; x points to the head.
-template <typename T>
-__device__ void load_polar(const Shape& s, const T* x, int64_t first, T* amplitude, T* phase) {
-  const int t = static_cast<int>(threadIdx.x) % kTile;
-  const int64_t n = first + t;
-  for (int d = static_cast<int>(threadIdx.x) / kTile; d < s.depth; d += kRows) {
-    psf::Polar<T> value{T(0), T(0)};
-    if (n < s.frequencies) {
-      const T* at = x + (d * s.frequencies + n) * 2;
-      value = is_real(s, n) ? psf::polar_real(at[0]) : psf::polar(at[0], at[1]);
+// Amplitudes and phases of a tile of spectra, x[m] + e * frequencies pointing to the thread's values: arrays
+// [padded, kRow] follow each other in shared memory, 0 beyond the channels and frequencies.
+template <typename T, int kDepth, int kSpectra>
+__device__ void load_polar(const Shape& s, const Run<Layout<T, kDepth>>& run, const Value<T>* const (&x)[kSpectra],
+                           T* shared) {
+  using L = Layout<T, kDepth>;
+  constexpr int kLoads = 4;  // on their way together, of every spectrum
+  const bool real = run.real(s);
+  const int array = L::array(s);
+  T* const to = shared + run.channel * L::kRow + run.t;
+#pragma unroll
+  for (int first = 0; first < L::kOut; first += kLoads) {
+    if (run.channel + first >= L::padded(s)) break;
+    Value<T> values[kLoads][kSpectra];
+#pragma unroll
+    for (int e = 0; e < kLoads; ++e) {
+#pragma unroll
+      for (int m = 0; m < kSpectra; ++m) {
+        values[e][m] = {T(0), T(0)};
+        if (run.inside(s, run.channel + first + e, run.t))
+          values[e][m] = x[m][(first + e) * static_cast<int64_t>(s.frequencies)];
+      }
     }
-    amplitude[d * kRow<T> + t] = value.amplitude;
-    phase[d * kRow<T> + t] = value.phase;
+#pragma unroll
+    for (int e = 0; e < kLoads; ++e) {
+#pragma unroll
+      for (int m = 0; m < kSpectra; ++m) {
+        const psf::Polar<T> polar = psf::fast_polar(values[e][m].re, real ? T(0) : values[e][m].im);
+        to[2 * m * array + (first + e) * L::kRow] = polar.amplitude;
+        to[(2 * m + 1) * array + (first + e) * L::kRow] = polar.phase;
+      }
+    }
   }
 }
 
-// Both [depth, depth] matrices into shared memory.
-template <typename T>
+// Both [depth, depth] matrices into shared memory, zeros around them.
+template <typename T, int kDepth>
 __device__ void load_matrices(const Shape& s, const T* matrices, T* shared) {
-  for (int i = static_cast<int>(threadIdx.x); i < 2 * s.depth * s.depth; i += kThreads) shared[i] = matrices[i];
+  using L = Layout<T, kDepth>;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll 4
+  for (int row = static_cast<int>(threadIdx.x) / 32; row < 2 * L::padded(s); row += kWarps) {
+    const int which = row >= L::padded(s) ? 1 : 0, y = row - which * L::padded(s);
+#pragma unroll
+    for (int x = lane; x < lane + kDepth; x += 32) {
+      // Read in any case, so that several are on their way.
+      const T value = matrices[(which * s.depth + min(y, s.depth - 1)) * s.depth + min(x, s.depth - 1)];
+      if (x < L::padded(s)) shared[row * L::line(s) + x] = y < s.depth && x < s.depth ? value : T(0);
+    }
+  }
 }
 
-// Σ_j matrix[i, j] x[j, t], or of its transpose.
-template <typename T>
-__device__ T mix(const Shape& s, const T* matrix, bool transposed, const T* x, int i, int t) {
-  T sum = T(0);
-  for (int j = 0; j < s.depth; ++j) sum += matrix[transposed ? j * s.depth + i : i * s.depth + j] * x[j * kRow<T> + t];
-  return sum;
+// body(i, t, Σ_j matrices[0, i, j] x[0, j, t], Σ_j matrices[1, i, j] x[1, j, t]), or of the transposes, for every
+// channel and frequency of the tile; x: arrays of amplitudes and of phases.
+template <typename T, int kDepth, bool kTransposed = false, typename Body>
+__device__ void mix(const Shape& s, const Run<Layout<T, kDepth>>& run, const T* matrices, const T* x, Body body) {
+  using L = Layout<T, kDepth>;
+  const auto element = [&](int which, int i, int j) {
+    return matrices[which * L::matrix(s) + (kTransposed ? j * L::line(s) + i : i * L::line(s) + j)];
+  };
+  if constexpr (sizeof(T) == 8) {
+    for (int i = run.channel; i < min(run.channel + L::kOut, L::padded(s)); ++i) {
+      T sums[2] = {};
+      for (int j = 0; j < s.depth; ++j)
+        for (int m = 0; m < 2; ++m) sums[m] += element(m, i, j) * x[m * L::array(s) + j * L::kRow + run.t];
+      body(i, run.t, sums[0], sums[1]);
+    }
+  } else {
+    // A warp has 16 channels and 16 frequencies. Columns of a product are frequencies 0, 4, 1, 5, ...: a lane's two
+    // results then lie apart, and those of four lanes together.
+    // Up to 8 channels rows of both matrices share a product, of which half is of use.
+    constexpr bool kBoth = kDepth == 8;
+    constexpr int kStrips = (kDepth + 15) / 16;
+    const int warp = static_cast<int>(threadIdx.x) / 32, q = static_cast<int>(threadIdx.x) % 32 / 4;
+    const int r = static_cast<int>(threadIdx.x) % 4, first = warp % kStrips * 16, t = warp / kStrips * 16;
+    if (first >= L::padded(s)) return;
+    const int upper = min(first + q, L::padded(s) - 1), lower = min(upper + (kBoth ? 0 : 8), L::padded(s) - 1);
+    psf::Sum<true> sums[2][2];
+#pragma unroll(kDepth == 8 ? 2 : 1)
+    for (int j = 0; j < L::padded(s); j += 8) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const int above = kBoth ? 0 : m, below = kBoth ? 1 : m;
+        const psf::Operand<true> a({element(above, upper, j + r), element(below, lower, j + r),
+                                    element(above, upper, j + r + 4), element(below, lower, j + r + 4)});
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const float* const right = x + m * L::array(s) + (j + r) * L::kRow + t + 8 * n + q / 2 + q % 2 * 4;
+          sums[m][n].add(a, psf::Terms<2>({right[0], right[4 * L::kRow]}));
+        }
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < (kBoth ? 2 : 4); ++e) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+        if (first + q + e / 2 * 8 < L::padded(s))
+          body(first + q + e / 2 * 8, t + 8 * n + r + e % 2 * 4, sums[0][n][e], sums[1][n][kBoth ? e + 2 : e]);
+    }
+  }
 }
 
-// Sums of x[i, t] y[j, t] over tiles, for both Gram matrices; kCount: entries of a thread, or tiles of a warp.
-template <typename T, int kCount>
+// Sums of x[i, t] y[j, t] over tiles for both Gram matrices; x and y: arrays of amplitudes, then of phases.
+template <typename T, int kDepth>
 struct Gram {
+  using L = Layout<T, kDepth>;
+  static constexpr int kGroups = 1;  // how many results a block stores
+  static constexpr int kCount = (2 * kDepth * kDepth + kThreads - 1) / kThreads;
   T sums[kCount] = {};
 
-  // How many results a block stores.
-  static __host__ __device__ int groups(int) { return 1; }
-  static int count(int depth) { return (2 * depth * depth + kThreads - 1) / kThreads; }
-
-  __device__ void add(const Shape& s, const T* x_amplitude, const T* y_amplitude, const T* x_phase, const T* y_phase) {
-    const int square = s.depth * s.depth;
+  __device__ void add(const Shape& s, const T* x, const T* y) {
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
-      const int entry = static_cast<int>(threadIdx.x) + e * kThreads;
-      if (entry >= 2 * square) break;
-      const int i = entry % square / s.depth, j = entry % square % s.depth;
-      const T* x = (entry < square ? x_amplitude : x_phase) + i * kRow<T>;
-      const T* y = (entry < square ? y_amplitude : y_phase) + j * kRow<T>;
+      const int entry = static_cast<int>(threadIdx.x) + e * kThreads, row = entry / s.depth, matrix = row / s.depth;
+      if (matrix >= 2) break;
+      const T* const left = x + (matrix * L::padded(s) + row % s.depth) * L::kRow;
+      const T* const right = y + (matrix * L::padded(s) + entry % s.depth) * L::kRow;
       T sum = T(0);
-      for (int t = 0; t < kTile; ++t) sum += x[t] * y[t];
+      for (int t = 0; t < L::kTile; ++t) sum += left[t] * right[t];
       sums[e] += sum;
     }
   }
@@ -116,194 +248,196 @@ struct Gram {
   }
 };
 
-template <int kCount>
-struct Gram<float, kCount> {
-  psf::Sum<true> sums[kCount];
+// A warp has a strip of 16 rows of a matrix; where strips are fewer than warps, groups of warps share the eights of a
+// tile and store a result each. Up to 8 channels a strip holds both matrices: rows of amplitudes, then of phases, times
+// columns of either, of which half is of use.
+template <int kDepth>
+struct Gram<float, kDepth> {
+  using L = Layout<float, kDepth>;
+  static constexpr bool kBoth = kDepth == 8;
+  static constexpr int kStrips = kBoth ? 1 : kDepth / 8, kGroups = kWarps / kStrips;
+  static constexpr int kColumns = kBoth ? 2 : kDepth / 8;  // of 8
+  psf::Sum<true> sums[kColumns];
 
-  // 16 x 8 tiles of both matrices. Where there are fewer than warps, groups of warps share the eights of a tile of
-  // frequencies and store a result each.
-  static __host__ __device__ int tiles(int depth) { return 2 * ((depth + 15) / 16) * ((depth + 7) / 8); }
-  static __host__ __device__ int groups(int depth) { return tiles(depth) < kWarps ? kWarps / tiles(depth) : 1; }
-  static int count(int depth) { return (tiles(depth) + kWarps - 1) / kWarps; }
-
-  // body(n-th tile of this warp, matrix, first row, first column)
-  template <class Body>
-  static __device__ void for_tiles(const Shape& s, Body body) {
-    const int all = tiles(s.depth), columns = (s.depth + 7) / 8;
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      const int tile = static_cast<int>(threadIdx.x) / 32 % all + n * kWarps;
-      if (tile >= all) break;
-      body(n, tile / (all / 2), tile % (all / 2) / columns * 16, tile % columns * 8);
-    }
+  int lane, group, matrix, first;
+  __device__ Gram() : lane(threadIdx.x % 32), group(static_cast<int>(threadIdx.x) / 32 / kStrips) {
+    const int strip = static_cast<int>(threadIdx.x) / 32 % kStrips;
+    matrix = 2 * strip / kStrips;
+    first = 2 * strip % kStrips * 8;
   }
 
-  __device__ void add(const Shape& s, const float* x_amplitude, const float* y_amplitude, const float* x_phase,
-                      const float* y_phase) {
-    const int lane = threadIdx.x % 32, group = static_cast<int>(threadIdx.x) / 32 / tiles(s.depth);
-    for_tiles(s, [&](int n, int matrix, int row, int column) {
-      // Rows and columns beyond the head's channels only reach results that are not stored.
-      const auto line = [&](const float* array, int i) { return array + min(i, s.depth - 1) * kRow<float> + lane % 4; };
-      const float* const upper = line(matrix == 0 ? x_amplitude : x_phase, row + lane / 4);
-      const float* const lower = line(matrix == 0 ? x_amplitude : x_phase, row + lane / 4 + 8);
-      const float* const right = line(matrix == 0 ? y_amplitude : y_phase, column + lane / 4);
-      for (int t = 8 * group; t < kTile; t += 8 * groups(s.depth)) {
-        const float a[4] = {upper[t], lower[t], upper[t + 4], lower[t + 4]}, b[2] = {right[t], right[t + 4]};
-        sums[n].add(a, psf::Terms<2>(b));
+  __device__ void add(const Shape& s, const float* x, const float* y) {
+    if (first >= s.depth) return;
+    // Eights of rows and columns beyond the head's channels only reach results that are not stored. Which eight
+    // frequencies a product takes is free: a lane's are neighbours, read together.
+    const auto line = [&](const float* array, int which, int eight) {
+      const float* const rows = array + which * L::array(s) + min(eight, L::padded(s) - 8) * L::kRow;
+      return reinterpret_cast<const float2*>(rows + lane / 4 * L::kRow) + lane % 4;
+    };
+    const float2* const upper = line(x, matrix, first);
+    const float2* const lower = line(x, kBoth ? 1 : matrix, first + 8);
+#pragma unroll(kDepth >= 32 ? 1 : 4)
+    for (int eight = 0; eight < L::kTile / 8; eight += kGroups) {
+      const int t = 4 * (eight + group);
+      const psf::Operand<true> a({upper[t].x, lower[t].x, upper[t].y, lower[t].y});
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        const float2 right = line(y, kBoth ? n : matrix, 8 * n)[t];
+        sums[n].add(a, psf::Terms<2>({right.x, right.y}));
       }
-    });
+    }
+    if constexpr (kDepth == 64) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) sums[n].fold();
+    }
   }
 
   __device__ void store(const Shape& s, float* partial) const {
-    const int lane = threadIdx.x % 32, group = static_cast<int>(threadIdx.x) / 32 / tiles(s.depth);
-    partial += (static_cast<int64_t>(blockIdx.x) * groups(s.depth) + group) * 2 * s.depth * s.depth;
-    for_tiles(s, [&](int n, int matrix, int row, int column) {
+    partial += (static_cast<int64_t>(blockIdx.x) * kGroups + group) * 2 * s.depth * s.depth;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int i = row + lane / 4 + e / 2 * 8, j = column + lane % 4 * 2 + e % 2;
-        if (i < s.depth && j < s.depth) partial[(matrix * s.depth + i) * s.depth + j] = sums[n][e];
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int e = kBoth ? 2 * n : 0; e < (kBoth ? 2 * n + 2 : 4); ++e) {
+        const int which = kBoth ? n : matrix, i = first + lane / 4 + (kBoth ? 0 : e / 2 * 8);
+        const int j = (kBoth ? 0 : 8 * n) + lane % 4 * 2 + e % 2;
+        if (i < s.depth && j < s.depth) partial[(which * s.depth + i) * s.depth + j] = sums[n][e];
       }
-    });
+    }
   }
 };
 
-// Writes the gradient of one value of a spectrum in its place; 1 / weight is what the adjoint of rfft2 asks of the
-// inverse transform.
+// Writes the gradient of one value of a spectrum in its place; 1 / its column's weight is what the adjoint of rfft2
+// asks of the inverse transform.
 template <typename T>
-__device__ void store_gradient(const Shape& s, T* at, int64_t n, T amplitude, T grad_amplitude, T grad_phase) {
-  const T re = at[0], im = at[1];
+__device__ void store_gradient(Value<T>* at, T weight, T amplitude, T grad_amplitude, T grad_phase) {
+  const Value<T> value = *at;
   psf::Complex<T> gradient{T(0), T(0)};
-  if (!is_real(s, n))
-    gradient = psf::polar_gradient(re, im, amplitude, grad_amplitude, grad_phase);
+  if (weight > T(0))
+    gradient = psf::polar_gradient(value.re, value.im, amplitude, grad_amplitude, grad_phase);
   else if (amplitude > T(0))
-    gradient.re = re < T(0) ? -grad_amplitude : grad_amplitude;
-  const T inverse_weight = T(1) / column_weight<T>(s, n);
-  at[0] = gradient.re * inverse_weight;
-  at[1] = gradient.im * inverse_weight;
+    gradient.re = value.re < T(0) ? -grad_amplitude : grad_amplitude;
+  const T inverse = weight > T(1) ? T(0.5) : T(1);
+  *at = {gradient.re * inverse, gradient.im * inverse};
 }
 
-template <typename T, int kCount>
-__global__ void __launch_bounds__(kThreads) gram_kernel(Shape s, const T* q, const T* k, T* out) {
+template <typename T, int kDepth>
+__global__ void __launch_bounds__(kThreads, (resident<T, kDepth>(4)))
+    gram_kernel(Shape s, const Value<T>* q, const Value<T>* k, T* out) {
+  using L = Layout<T, kDepth>;
   PSF_DYNAMIC_SHARED(T, shared);
-  const int64_t head = blockIdx.x / s.runs, run = blockIdx.x % s.runs;
-  const int64_t offset = head * s.depth * s.frequencies * 2;
-  T* const q_amplitude = shared;
-  T* const q_phase = q_amplitude + s.depth * kRow<T>;
-  T* const k_amplitude = q_phase + s.depth * kRow<T>;
-  T* const k_phase = k_amplitude + s.depth * kRow<T>;
-  Gram<T, kCount> sums;
-  for (int64_t first = run * kRun; first < (run + 1) * kRun && first < s.frequencies; first += kTile) {
-    load_polar(s, q + offset, first, q_amplitude, q_phase);
-    load_polar(s, k + offset, first, k_amplitude, k_phase);
+  Run<L> run(s);
+  q = run.in(s, q);
+  k = run.in(s, k);
+  Gram<T, kDepth> sums;
+  for (; run.more(); run.next(s), q += L::kTile, k += L::kTile) {
+    load_polar<T, kDepth, 2>(s, run, {q, k}, shared);
     __syncthreads();
-    sums.add(s, q_amplitude, k_amplitude, q_phase, k_phase);
+    sums.add(s, shared, shared + 2 * L::array(s));
     __syncthreads();
   }
   sums.store(s, out);
 }
 
-// out [heads, entries] = the sum over runs of partial [heads, runs, entries].
+// out [heads, entries] = the sum over parts of partial [heads, parts, entries]: 8 neighbouring entries a block, whose
+// parts 32 threads share.
 template <typename T>
-__global__ void reduce_kernel(const T* partial, int64_t total, int64_t entries, int64_t runs, double* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= total) return;
-  double sum = 0;
-  for (int64_t run = 0; run < runs; ++run) sum += partial[(i / entries * runs + run) * entries + i % entries];
-  out[i] = sum;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads) apply_kernel(Shape s, T* v, const T* attention) {
-  PSF_DYNAMIC_SHARED(T, shared);
-  const int64_t tiles = (s.frequencies + kTile - 1) / kTile;
-  const int64_t head = blockIdx.x / tiles, first = blockIdx.x % tiles * kTile;
-  v += head * s.depth * s.frequencies * 2;
-  T* const amplitude = shared;
-  T* const phase = amplitude + s.depth * kRow<T>;
-  T* const matrices = phase + s.depth * kRow<T>;
-  load_matrices(s, attention + head * 2 * s.depth * s.depth, matrices);
-  load_polar(s, v, first, amplitude, phase);
-  __syncthreads();
-  const int t = static_cast<int>(threadIdx.x) % kTile;
-  const int64_t n = first + t;
-  if (n >= s.frequencies) return;
-  for (int i = static_cast<int>(threadIdx.x) / kTile; i < s.depth; i += kRows) {
-    const T a = mix(s, matrices, false, amplitude, i, t);
-    const psf::Complex<T> direction = psf::unit(mix(s, matrices + s.depth * s.depth, false, phase, i, t));
-    T* at = v + (i * s.frequencies + n) * 2;
-    at[0] = a * direction.re;
-    at[1] = a * direction.im;
-  }
-}
-
-template <typename T, int kCount>
 __global__ void __launch_bounds__(kThreads)
-    apply_backward_kernel(Shape s, T* v, const T* grad, const T* attention, T* out) {
+    reduce_kernel(const T* partial, int64_t total, int entries, int parts, double* out) {
+  PSF_SHARED(double, sums, kThreads);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 8 + thread % 8;
+  double sum = 0;
+  if (i < total) {
+    partial += i / entries * parts * entries + i % entries;
+#pragma unroll 8
+    for (int part = thread / 8; part < parts; part += kThreads / 8)
+      sum += partial[static_cast<int64_t>(part) * entries];
+  }
+  sums[thread] = sum;
+  for (int half = kThreads / 2; half >= 8; half /= 2) {
+    __syncthreads();
+    if (thread < half) sums[thread] += sums[thread + half];
+  }
+  if (thread < 8 && i < total) out[i] = sums[thread];
+}
+
+template <typename T, int kDepth>
+__global__ void __launch_bounds__(kThreads, (resident<T, kDepth>(4)))
+    apply_kernel(Shape s, Value<T>* v, const T* attention) {
+  using L = Layout<T, kDepth>;
   PSF_DYNAMIC_SHARED(T, shared);
-  const int64_t head = blockIdx.x / s.runs, run = blockIdx.x % s.runs;
-  v += head * s.depth * s.frequencies * 2;
-  grad += head * s.depth * s.frequencies * 2;
-  T* const amplitude = shared;
-  T* const phase = amplitude + s.depth * kRow<T>;
-  T* const grad_mixed = phase + s.depth * kRow<T>;
-  T* const grad_turned = grad_mixed + s.depth * kRow<T>;
-  T* const matrices = grad_turned + s.depth * kRow<T>;
-  T* const for_phases = matrices + s.depth * s.depth;
-  load_matrices(s, attention + head * 2 * s.depth * s.depth, matrices);
-  const int t = static_cast<int>(threadIdx.x) % kTile;
-  Gram<T, kCount> sums;
-  for (int64_t first = run * kRun; first < (run + 1) * kRun && first < s.frequencies; first += kTile) {
-    const int64_t n = first + t;
-    load_polar(s, v, first, amplitude, phase);
+  T* const matrices = shared + 2 * L::array(s);
+  Run<L> run(s);
+  load_matrices<T, kDepth>(s, attention + run.head * 2 * s.depth * s.depth, matrices);
+  for (const Value<T>* from = run.in(s, v); run.more(); run.next(s), from += L::kTile) {
+    load_polar<T, kDepth, 1>(s, run, {from}, shared);
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x) / kTile; i < s.depth; i += kRows) {
-      T along = T(0), across = T(0);
-      if (n < s.frequencies) {
-        const T* at = grad + (i * s.frequencies + n) * 2;
-        const T weight = column_weight<T>(s, n), re = at[0] * weight, im = at[1] * weight;
-        const psf::Complex<T> direction = psf::unit(mix(s, for_phases, false, phase, i, t));
-        along = re * direction.re + im * direction.im;
-        across = mix(s, matrices, false, amplitude, i, t) * (im * direction.re - re * direction.im);
-      }
-      grad_mixed[i * kRow<T> + t] = along;
-      grad_turned[i * kRow<T> + t] = across;
-    }
+    mix<T, kDepth>(s, run, matrices, shared, [&](int i, int t, T amplitude, T phase) {
+      const psf::Complex<T> direction = psf::unit(phase);
+      if (run.inside(s, i, t)) *run.in(s, v, i, t) = {amplitude * direction.re, amplitude * direction.im};
+    });
     __syncthreads();
-    sums.add(s, grad_mixed, amplitude, grad_turned, phase);
-    for (int i = static_cast<int>(threadIdx.x) / kTile; i < s.depth && n < s.frequencies; i += kRows)
-      store_gradient(s, v + (i * s.frequencies + n) * 2, n, amplitude[i * kRow<T> + t],
-                     mix(s, matrices, true, grad_mixed, i, t), mix(s, for_phases, true, grad_turned, i, t));
+  }
+}
+
+template <typename T, int kDepth>
+__global__ void __launch_bounds__(kThreads, (resident<T, kDepth>(2)))
+    apply_backward_kernel(Shape s, Value<T>* v, const Value<T>* grad, const T* attention, T* out) {
+  using L = Layout<T, kDepth>;
+  PSF_DYNAMIC_SHARED(T, shared);
+  T* const grads = shared + 2 * L::array(s);  // of mixed amplitudes, then of mixed phases
+  T* const matrices = grads + 2 * L::array(s);
+  T* const weights = matrices + 2 * L::matrix(s);  // of the tile's frequencies
+  Run<L> run(s);
+  load_matrices<T, kDepth>(s, attention + run.head * 2 * s.depth * s.depth, matrices);
+  Gram<T, kDepth> sums;
+  for (const Value<T>* from = run.in(s, v); run.more(); run.next(s), from += L::kTile) {
+    load_polar<T, kDepth, 1>(s, run, {from}, shared);
+    if (run.channel == 0) weights[run.t] = run.template weight<T>(s);
+    __syncthreads();
+    mix<T, kDepth>(s, run, matrices, shared, [&](int i, int t, T amplitude, T phase) {
+      Value<T> value{T(0), T(0)};
+      if (run.inside(s, i, t)) value = *run.in(s, grad, i, t);
+      const T weight = weights[t] > T(1) ? T(2) : T(1), re = value.re * weight, im = value.im * weight;
+      const psf::Complex<T> direction = psf::unit(phase);
+      grads[i * L::kRow + t] = re * direction.re + im * direction.im;
+      grads[i * L::kRow + t + L::array(s)] = amplitude * (im * direction.re - re * direction.im);
+    });
+    __syncthreads();
+    sums.add(s, grads, shared);
+    mix<T, kDepth, true>(s, run, matrices, grads, [&](int i, int t, T grad_amplitude, T grad_phase) {
+      if (run.inside(s, i, t))
+        store_gradient(run.in(s, v, i, t), weights[t], shared[i * L::kRow + t], grad_amplitude, grad_phase);
+    });
     __syncthreads();
   }
   sums.store(s, out);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) gram_backward_kernel(Shape s, T* q, T* k, const T* grad) {
+template <typename T, int kDepth>
+__global__ void __launch_bounds__(kThreads, (resident<T, kDepth>(2)))
+    gram_backward_kernel(Shape s, Value<T>* q, Value<T>* k, const T* grad) {
+  using L = Layout<T, kDepth>;
   PSF_DYNAMIC_SHARED(T, shared);
-  const int64_t tiles = (s.frequencies + kTile - 1) / kTile;
-  const int64_t head = blockIdx.x / tiles, first = blockIdx.x % tiles * kTile;
-  q += head * s.depth * s.frequencies * 2;
-  k += head * s.depth * s.frequencies * 2;
-  T* const q_amplitude = shared;
-  T* const q_phase = q_amplitude + s.depth * kRow<T>;
-  T* const k_amplitude = q_phase + s.depth * kRow<T>;
-  T* const k_phase = k_amplitude + s.depth * kRow<T>;
-  T* const matrices = k_phase + s.depth * kRow<T>;
-  T* const for_phases = matrices + s.depth * s.depth;
-  load_matrices(s, grad + head * 2 * s.depth * s.depth, matrices);
-  load_polar(s, q, first, q_amplitude, q_phase);
-  load_polar(s, k, first, k_amplitude, k_phase);
-  __syncthreads();
-  const int t = static_cast<int>(threadIdx.x) % kTile;
-  const int64_t n = first + t;
-  if (n >= s.frequencies) return;
-  for (int i = static_cast<int>(threadIdx.x) / kTile; i < s.depth; i += kRows) {
-    const int64_t at = (i * s.frequencies + n) * 2;
-    store_gradient(s, q + at, n, q_amplitude[i * kRow<T> + t], mix(s, matrices, false, k_amplitude, i, t),
-                   mix(s, for_phases, false, k_phase, i, t));
-    store_gradient(s, k + at, n, k_amplitude[i * kRow<T> + t], mix(s, matrices, true, q_amplitude, i, t),
-                   mix(s, for_phases, true, q_phase, i, t));
+  T* const for_k = shared + 2 * L::array(s);
+  T* const matrices = for_k + 2 * L::array(s);
+  T* const weights = matrices + 2 * L::matrix(s);
+  Run<L> run(s);
+  load_matrices<T, kDepth>(s, grad + run.head * 2 * s.depth * s.depth, matrices);
+  const auto store = [&](Value<T>* x, const T* amplitudes) {
+    return [&, x, amplitudes](int i, int t, T grad_amplitude, T grad_phase) {
+      if (run.inside(s, i, t))
+        store_gradient(run.in(s, x, i, t), weights[t], amplitudes[i * L::kRow + t], grad_amplitude, grad_phase);
+    };
+  };
+  const Value<T>* from_k = run.in(s, k);
+  for (const Value<T>* from_q = run.in(s, q); run.more(); run.next(s), from_q += L::kTile, from_k += L::kTile) {
+    load_polar<T, kDepth, 2>(s, run, {from_q, from_k}, shared);
+    if (run.channel == 0) weights[run.t] = run.template weight<T>(s);
+    __syncthreads();
+    mix<T, kDepth>(s, run, matrices, for_k, store(q, shared));
+    mix<T, kDepth, true>(s, run, matrices, shared, store(k, for_k));
+    __syncthreads();
   }
 }
 
@@ -356,113 +490,123 @@ void dispatch_stored(const Tensor& x, Body body) {
   }
 }
 
-// body with the kCount of Gram.
-template <typename T, typename Body>
-void dispatch_gram(int depth, Body body) {
-  const int count = Gram<T, 1>::count(depth);
-  if (count <= 1)
-    body(std::integral_constant<int, 1>());
-  else if (count <= 2)
-    body(std::integral_constant<int, 2>());
-  else if (count <= 8 || sizeof(T) == 4)
+// body with the depth that kernels are compiled for.
+template <typename Body>
+void dispatch_depth(int depth, Body body) {
+  if (depth <= 8)
     body(std::integral_constant<int, 8>());
-  else if constexpr (sizeof(T) == 8)
+  else if (depth <= 16)
+    body(std::integral_constant<int, 16>());
+  else if (depth <= 32)
     body(std::integral_constant<int, 32>());
+  else
+    body(std::integral_constant<int, 64>());
 }
 
-Shape shape_of(const Tensor& x, int64_t num_heads, int64_t width) {
-  Shape s{};
-  s.depth = static_cast<int>(x.size(1) / num_heads);
-  s.height = static_cast<int>(x.size(2));
-  s.width = static_cast<int>(width);
-  s.columns = static_cast<int>(x.size(3));
-  s.frequencies = x.size(2) * x.size(3);
-  s.runs = (s.frequencies + kRun - 1) / kRun;
+// body(T(), the depth compiled for, Shape) of spectra x.
+template <typename Body>
+void dispatch(const Tensor& x, int64_t num_heads, int64_t width, Body body) {
+  const int64_t height = x.size(2), columns = x.size(3), frequencies = height * columns, depth = x.size(1) / num_heads;
   psf::check_spectrum(x, width);
-  STD_TORCH_CHECK(s.depth <= kMaxDepth, "spectrum: expected at most ", kMaxDepth, " channels a head, got ", s.depth);
-  return s;
+  STD_TORCH_CHECK(depth <= kMaxDepth, "spectrum: expected at most ", kMaxDepth, " channels a head, got ", depth);
+  STD_TORCH_CHECK(frequencies <= kMaxFrequencies, "spectrum: expected at most ", kMaxFrequencies, " frequencies, got ",
+                  frequencies);
+  Shape s{};
+  s.frequencies = static_cast<int>(frequencies);
+  s.depth = static_cast<int>(depth);
+  s.width = static_cast<int>(width);
+  s.columns = static_cast<int>(columns);
+  for (int i = 0; i < 4; ++i) {
+    const bool row = i / 2 == 0 || height % 2 == 0, column = i % 2 == 0 || width % 2 == 0;
+    s.real[i] = row && column ? static_cast<int>(i / 2 * (height / 2) * columns + i % 2 * (width / 2)) : -1;
+  }
+  const int64_t heads = x.size(0) * num_heads;
+  psf::dispatch_spectrum(x, [&](auto zero) {
+    dispatch_depth(s.depth, [&](auto most) {
+      using L = Layout<decltype(zero), most()>;
+      const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+      const int64_t wanted = divide(most() == 8 ? kBlocks : kBlocks / 2, heads);
+      s.padded = static_cast<int>(divide(depth, 8)) * 8;
+      s.length = static_cast<int>(divide(divide(frequencies, wanted), L::kTile)) * L::kTile;
+      s.runs = static_cast<int>(divide(frequencies, s.length));
+      s.step = L::kTile % s.columns;
+      body(zero, most, s);
+    });
+  });
 }
 
 unsigned blocks(int64_t count) { return static_cast<unsigned>(count); }
 
-template <typename T>
-size_t shared_bytes(const Shape& s, int rows, int matrices) {
-  return (static_cast<size_t>(rows) * kRow<T> + static_cast<size_t>(matrices) * s.depth) * s.depth * sizeof(T);
-}
-
-// How many partial sums a head has.
-template <typename T>
-int64_t parts(const Shape& s) {
-  return s.runs * Gram<T, 1>::groups(s.depth);
+// Of arrays [padded, kRow], matrices and, with those, weights.
+template <typename T, int kDepth>
+size_t shared_bytes(const Shape& s, int arrays, int matrices) {
+  using L = Layout<T, kDepth>;
+  return sizeof(T) * (arrays * L::array(s) + matrices * L::matrix(s) + (matrices > 0 ? L::kTile : 0));
 }
 
 template <typename T>
+auto values(const Tensor& spectrum) {
+  return psf::data<Value<T>>(spectrum);
+}
+
+// Partial sums [heads, parts, ...] of a launch.
+template <typename T, int kDepth>
 Tensor partial_sums(const Tensor& x, const Shape& s, int64_t heads) {
-  return torch::stable::new_empty(x, {heads, parts<T>(s), 2, s.depth, s.depth});
+  return torch::stable::new_empty(x, {heads, s.runs * Gram<T, kDepth>::kGroups, 2, s.depth, s.depth});
 }
 
 template <typename T>
-Tensor reduce(const psf::Launch& launch, const Tensor& partial, const Shape& s, int64_t batch, int64_t num_heads) {
-  Tensor out = torch::stable::new_empty(partial, {batch, num_heads, 2, s.depth, s.depth},
-                                        std::make_optional(ScalarType::Double));
-  const int64_t entries = 2 * s.depth * s.depth, total = batch * num_heads * entries;
-  launch(reduce_kernel<T>, blocks((total + kThreads - 1) / kThreads), kThreads, 0, psf::data<const T>(partial), total,
-         entries, parts<T>(s), psf::data<double>(out));
+Tensor reduce(const psf::Launch& launch, const Tensor& partial, int64_t batch, int64_t num_heads) {
+  const int64_t depth = partial.size(4), entries = 2 * depth * depth, total = batch * num_heads * entries;
+  Tensor out =
+      torch::stable::new_empty(partial, {batch, num_heads, 2, depth, depth}, std::make_optional(ScalarType::Double));
+  launch(reduce_kernel<T>, blocks((total + 7) / 8), kThreads, 0, psf::data<const T>(partial), total,
+         static_cast<int>(entries), static_cast<int>(partial.size(1)), psf::data<double>(out));
   return out;
 }
 
 Tensor gram(const Tensor& q, const Tensor& k, int64_t num_heads, int64_t width) {
-  const Shape s = shape_of(q, num_heads, width);
   const int64_t heads = q.size(0) * num_heads;
   const psf::Launch launch(q);
   Tensor out;
-  psf::dispatch_spectrum(q, [&](auto zero) {
+  dispatch(q, num_heads, width, [&](auto zero, auto most, const Shape& s) {
     using T = decltype(zero);
-    const Tensor partial = partial_sums<T>(q, s, heads);
-    dispatch_gram<T>(s.depth, [&](auto count) {
-      launch(gram_kernel<T, count()>, blocks(heads * s.runs), kThreads, shared_bytes<T>(s, 4, 0), s,
-             psf::data<const T>(q), psf::data<const T>(k), psf::data<T>(partial));
-    });
-    out = reduce<T>(launch, partial, s, q.size(0), num_heads);
+    const Tensor partial = partial_sums<T, most()>(q, s, heads);
+    launch(gram_kernel<T, most()>, blocks(heads * s.runs), kThreads, shared_bytes<T, most()>(s, 4, 0), s, values<T>(q),
+           values<T>(k), psf::data<T>(partial));
+    out = reduce<T>(launch, partial, q.size(0), num_heads);
   });
   return out;
 }
 
 void gram_backward(Tensor q, Tensor k, const Tensor& grad, int64_t num_heads, int64_t width) {
-  const Shape s = shape_of(q, num_heads, width);
-  const int64_t tiles = (s.frequencies + kTile - 1) / kTile;
   const psf::Launch launch(q);
-  psf::dispatch_spectrum(q, [&](auto zero) {
+  dispatch(q, num_heads, width, [&](auto zero, auto most, const Shape& s) {
     using T = decltype(zero);
-    launch(gram_backward_kernel<T>, blocks(q.size(0) * num_heads * tiles), kThreads, shared_bytes<T>(s, 4, 2), s,
-           psf::data<T>(q), psf::data<T>(k), psf::data<const T>(grad));
+    launch(gram_backward_kernel<T, most()>, blocks(q.size(0) * num_heads * s.runs), kThreads,
+           shared_bytes<T, most()>(s, 4, 2), s, values<T>(q), values<T>(k), psf::data<const T>(grad));
   });
 }
 
 void apply(Tensor v, const Tensor& attention, int64_t num_heads, int64_t width) {
-  const Shape s = shape_of(v, num_heads, width);
-  const int64_t tiles = (s.frequencies + kTile - 1) / kTile;
   const psf::Launch launch(v);
-  psf::dispatch_spectrum(v, [&](auto zero) {
+  dispatch(v, num_heads, width, [&](auto zero, auto most, const Shape& s) {
     using T = decltype(zero);
-    launch(apply_kernel<T>, blocks(v.size(0) * num_heads * tiles), kThreads, shared_bytes<T>(s, 2, 2), s,
-           psf::data<T>(v), psf::data<const T>(attention));
+    launch(apply_kernel<T, most()>, blocks(v.size(0) * num_heads * s.runs), kThreads, shared_bytes<T, most()>(s, 2, 2),
+           s, values<T>(v), psf::data<const T>(attention));
   });
 }
 
 Tensor apply_backward(Tensor v, const Tensor& grad, const Tensor& attention, int64_t num_heads, int64_t width) {
-  const Shape s = shape_of(v, num_heads, width);
   const int64_t heads = v.size(0) * num_heads;
   const psf::Launch launch(v);
   Tensor out;
-  psf::dispatch_spectrum(v, [&](auto zero) {
+  dispatch(v, num_heads, width, [&](auto zero, auto most, const Shape& s) {
     using T = decltype(zero);
-    const Tensor partial = partial_sums<T>(v, s, heads);
-    dispatch_gram<T>(s.depth, [&](auto count) {
-      launch(apply_backward_kernel<T, count()>, blocks(heads * s.runs), kThreads, shared_bytes<T>(s, 4, 2), s,
-             psf::data<T>(v), psf::data<const T>(grad), psf::data<const T>(attention), psf::data<T>(partial));
-    });
-    out = reduce<T>(launch, partial, s, v.size(0), num_heads);
+    const Tensor partial = partial_sums<T, most()>(v, s, heads);
+    launch(apply_backward_kernel<T, most()>, blocks(heads * s.runs), kThreads, shared_bytes<T, most()>(s, 4, 2), s,
+           values<T>(v), values<T>(grad), psf::data<const T>(attention), psf::data<T>(partial));
+    out = reduce<T>(launch, partial, v.size(0), num_heads);
   });
   return out;
 }

@@ -80,6 +80,17 @@ struct Sum {
     add(Operand<kSplit>(a), b);
   }
 
+  // The same sum in half of the registers, until the next addition.
+  __device__ __forceinline__ void fold() {
+    if constexpr (kSplit) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        total[i] += small[i];
+        small[i] = 0.0f;
+      }
+    }
+  }
+
   __device__ __forceinline__ float operator[](int i) const {
     if constexpr (kSplit)
       return total[i] + small[i];

@@ -31,15 +31,9 @@ PSF_FREQUENCY_FUNCTION T negligible() {
   return static_cast<T>(sizeof(T) == 4 ? 1.0842021724855044e-19 : 1.4916681462400413e-154);
 }
 
-// Modulus and angle in (-π, π] of a complex number; an imaginary part of -0 counts as +0.
-PSF_FREQUENCY_FUNCTION Polar<float> polar(float re, float im) {
-  const float x = PSF_MATH(fabsf)(re), y = PSF_MATH(fabsf)(im);
-  const bool steep = y > x;
-  const float high = steep ? y : x, low = steep ? x : y;
-  const bool zero = high < negligible<float>();
-  const float t = zero ? 0.0f : low / (zero ? 1.0f : high);
+// atan(t) of t in [0, 1]; a Chebyshev fit of (atan(t) - t) / t^3 in s = t^2, error 2.5e-9.
+PSF_FREQUENCY_FUNCTION float arctangent(float t) {
   const float s = t * t;
-  // Chebyshev fit of (atan(t) - t) / t^3 in s = t^2 on [0, 1]; error 2.5e-9.
   float p = 0.001488691939f;
   p = p * s + -0.009144629761f;
   p = p * s + 0.02630500111f;
@@ -50,7 +44,18 @@ PSF_FREQUENCY_FUNCTION Polar<float> polar(float re, float im) {
   p = p * s + -0.1428400379f;
   p = p * s + 0.1999994932f;
   p = p * s + -0.3333333308f;
-  const float angle = t + t * s * p;
+  return t + t * s * p;
+}
+
+// Modulus and angle in (-π, π] of a complex number; an imaginary part of -0 counts as +0.
+PSF_FREQUENCY_FUNCTION Polar<float> polar(float re, float im) {
+  const float x = PSF_MATH(fabsf)(re), y = PSF_MATH(fabsf)(im);
+  const bool steep = y > x;
+  const float high = steep ? y : x, low = steep ? x : y;
+  const bool zero = high < negligible<float>();
+  const float t = zero ? 0.0f : low / (zero ? 1.0f : high);
+  const float s = t * t;
+  const float angle = arctangent(t);
   // First quadrant: angle or π/2 - angle; second: π - angle or π/2 + angle. The constants in two parts.
   const bool left = re < 0.0f;
   const float high_part = steep ? 1.5707963705062866f : (left ? 3.1415927410125732f : 0.0f);

@@ -26,16 +26,15 @@ def schema_of(name: str) -> str:
 
 
 @functools.cache
-def load(source: str, names: tuple[str, ...], edit: tuple[str, str, int] | None = None, schema: str = "") -> Any:
+def load(source: str, names: tuple[str, ...], *edits: tuple[str, str, int], schema: str = "") -> Any:
     """Compile `source` (path below the project root) with g++ against the shim; return the operators' namespace.
 
     names: operators of pansharp_fast that the source implements; the shim's have the same schemas (or `schema`).
-    edit: (old, new, which), replaces the `which`-th occurrence of `old` first: a planted fault.
+    edits: (old, new, which), replaces the `which`-th occurrence of `old` first: a planted fault, or another constant.
     The library is kept by a hash of everything that it is made of, so that a second run compiles nothing.
     """
     text = (ROOT / source).read_text()
-    if edit is not None:
-        old, new, which = edit
+    for old, new, which in edits:
         parts = text.split(old)
         if len(parts) <= which + 1:
             raise ValueError(f"edit: expected over {which} occurrences of {old!r} in {source}, got {len(parts) - 1}")

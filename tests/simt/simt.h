@@ -324,6 +324,17 @@ inline void mma(float (&d)[4], const float (&a)[4], const float (&b)[2], const f
 
 }  // namespace simt
 
+namespace simt {
+
+// The special function unit's: with rounding off by a relative 2^-23, to either side, as they may be.
+inline float approximate(double exact, float x) {
+  return static_cast<float>(exact + exact * ((__float_as_uint(x) & 1u) != 0 ? 0x1p-24 : -0x1p-24));
+}
+inline float approximate_reciprocal(float x) { return approximate(1.0 / x, x); }
+inline float approximate_root(float x) { return approximate(std::sqrt(static_cast<double>(x)), x); }
+
+}  // namespace simt
+
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1.0f / x; }

@@ -17,6 +17,10 @@ ORDERS = ("forward", "reverse", "shuffle")
 module = sys.modules["pansharp_fast.ops.frequency_attention"]
 
 
+#: So few blocks that the shapes that a CPU can emulate have several tiles a block.
+FEW_BLOCKS = ("kBlocks = 1024", "kBlocks = 4", 0)
+
+
 @pytest.fixture(scope="module")
 def passes():
     return simt.load(SOURCE, NAMES)
@@ -46,7 +50,7 @@ def errors(passes, shape, heads, scale, normalize=True, dtype=torch.float64, lay
         ((2, 6, 6, 9), 2, True),
         ((1, 9, 1, 7), 1, False),
         ((1, 14, 5, 4), 1, True),  # two Gram entries a thread
-        ((1, 2, 60, 70), 1, True),  # two runs
+        ((1, 2, 17, 30), 1, True),  # three runs
     ],
 )
 def test_values_and_gradients(passes, monkeypatch, order, shape, heads, normalize):
@@ -58,7 +62,44 @@ def test_many_channels(passes):
     assert max(errors(passes, (1, 34, 3, 4), 1, 0.02)) < 1e-9
 
 
-# Tiles of both Gram matrices: 2 (four groups of warps), 4 (two groups), 12, 50 (up to seven a warp).
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("depth", [3, 11, 20, 34, 64])
+def test_several_tiles_a_block(monkeypatch, order, depth):
+    """Two runs of two tiles, the last of which is not full; odd numbers of frequencies."""
+    monkeypatch.setenv("SIMT_ORDER", order)
+    tile = 128 if depth <= 16 else 64 if depth <= 32 else 32
+    heads = 2 if depth <= 8 else 1
+    shape = (1, heads * depth, 25, {128: 32, 64: 16, 32: 8}[tile])
+    few = simt.load(SOURCE, NAMES, FEW_BLOCKS)
+    frequencies = shape[2] * (shape[3] // 2 + 1)
+    assert 3 * tile < frequencies < 4 * tile
+    assert max(errors(few, shape, heads, 0.02)) < 1e-9
+    assert max(errors(few, shape, heads, 0.02, dtype=torch.float32)) < 2e-5
+
+
+def test_amplitudes_and_phases():
+    """To 2^-22 and 2 ulp, with approximate functions as far off as they may be; the conventions at 0 and at the cut."""
+    name = "frequency_attention_polar"
+    polar = getattr(simt.load("tests/simt/polar.cu", (name,)), name)
+    angles = torch.linspace(-torch.pi, torch.pi, 50_001)
+    circle = torch.stack([angles.cos(), angles.sin()], 1)
+    spread = torch.exp(8 * torch.randn(50_000, 1))
+    values = torch.cat([torch.randn(50_000, 2) * spread, circle, torch.tensor([[-1.0, 1e-18], [1e-18, -3.0]])])
+    amplitude, phase = polar(values).double()
+    re, im = values.double().unbind(1)
+    assert ((amplitude / torch.hypot(re, im) - 1).abs() <= 2**-22).all()
+    wanted = torch.atan2(im, re)
+    magnitude = wanted.abs().float()
+    ulp = torch.nextafter(magnitude, torch.full_like(magnitude, torch.inf)) - magnitude
+    assert ((phase - wanted).abs() <= 2 * ulp).all()
+    special = torch.tensor([[0.0, 0], [-0.0, 0], [-1, -0.0], [1e-25, 0], [1, 0], [0, 1], [0, -1], [-2, 0]])
+    amplitude, phase = polar(special)
+    torch.testing.assert_close(amplitude, torch.tensor([0.0, 0, 1, 0, 1, 1, 1, 2]))
+    half = torch.pi / 2
+    assert torch.equal(phase, torch.tensor([0, 0, 2 * half, 0, 0, half, -half, 2 * half]))
+
+
+# Strips of both Gram matrices: 1 (eight groups of warps), 2 (four groups), 4 (two groups), 8.
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("depth", [8, 14, 20, 34])
 def test_gram_matrices_on_tensor_cores(passes, monkeypatch, order, depth):
@@ -79,6 +120,25 @@ def test_gram_matrices_on_tensor_cores(passes, monkeypatch, order, depth):
         assert (ours - exact)[:, part].norm() <= allowed
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("depth", [5, 8, 14, 20, 34, 64])
+def test_attention_on_tensor_cores(passes, monkeypatch, order, depth):
+    """float32: at most twice the error of plain float32."""
+    monkeypatch.setenv("SIMT_ORDER", order)
+    v = torch.randn(1, 2 * depth, 6, 7, 2)
+    v[..., 0, :, 1] = v[..., 3, :, 1] = 0  # where the spectrum of a real map is real
+    attention = torch.softmax(torch.randn(1, 2, 2, depth, depth), -1)
+
+    def apply(v, attention):
+        heads = torch.view_as_complex(v).view(1, 2, depth, 42)
+        out = torch.polar(attention[:, :, 0] @ heads.abs(), attention[:, :, 1] @ heads.angle())
+        return torch.view_as_real(out).view(v.shape)
+
+    exact, plain = apply(v.double(), attention.double()), apply(v, attention)
+    passes.frequency_attention_apply(v, attention, 2, 12)
+    assert (v - exact).norm() <= 2 * (plain - exact).norm()
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_types_and_layouts(passes, dtype, limit, layout):
@@ -92,19 +152,26 @@ def test_zero_and_constant_maps_have_finite_gradients(passes):
         assert all(bool(t.isfinite().all()) for t in results)
 
 
-def test_swapped_operands_of_a_tile_are_noticed():
-    edit = ("{upper[t], lower[t], upper[t + 4], lower[t + 4]}", "{upper[t], upper[t + 4], lower[t], lower[t + 4]}", 0)
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("{upper[t].x, lower[t].x, upper[t].y", "{upper[t].x, upper[t].y, lower[t].x", 0),
+        ("element(below, lower, j + r),", "element(below, lower, j + r + 4),", 0),
+        ("8 * n + r + e % 2 * 4", "8 * n + 2 * r + e % 2", 0),
+    ],
+)
+def test_swapped_operands_and_results_are_noticed(edit):
     faulty = simt.load(SOURCE, NAMES, edit)
     assert not max(errors(faulty, (1, 12, 5, 8), 1, 0.05, dtype=torch.float32)) < 1e-3
 
 
-@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("which", range(10))
 def test_missing_barrier_is_noticed(monkeypatch, which):
-    """Every barrier but those that only guard the next tile of a one-tile image is needed."""
-    faulty = simt.load(SOURCE, NAMES, ("__syncthreads();", ";", which))
+    """Every barrier is needed, those that guard the next tile too."""
+    faulty = simt.load(SOURCE, NAMES, FEW_BLOCKS, ("__syncthreads();", ";", which))
     worst = 0.0
     for order in ORDERS:
         monkeypatch.setenv("SIMT_ORDER", order)
-        found = errors(faulty, (1, 12, 8, 16), 1, 0.02)
+        found = errors(faulty, (1, 12, 25, 32), 1, 0.02)
         worst = max(worst, *(1.0 if error != error else error for error in found))
     assert worst > 1e-6
