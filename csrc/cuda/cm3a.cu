@@ -329,6 +329,7 @@ template <bool kSplit>
 struct Constant {
   float high[2], low[2];
 
+  Constant() = default;
   __device__ Constant(const float* packed, int lane) {
     if constexpr (kSplit) {
       const float4 terms = reinterpret_cast<const float4*>(packed)[lane];
@@ -364,9 +365,15 @@ __device__ void project(psf::Sum<kSplit> (&sums)[Tiles<kWindow>::kPairs][Tiles<k
         const float2 upper = near(2 * t), lower = near(2 * t + 1);
         const float a[4] = {left[2 * t][0] * upper.x, left[2 * t + 1][0] * lower.x, left[2 * t][1] * upper.y,
                             left[2 * t + 1][1] * lower.y};
-        sums[t][e].add(a, constant);
+        sums[t][e].add(psf::Operand<kSplit>(a), constant);
       }
     }
+  };
+  const auto close = [&] {
+#pragma unroll
+    for (int t = 0; t < G::kPairs; ++t)
+#pragma unroll
+      for (int e = 0; e < G::kEights; ++e) sums[t][e].close();
   };
 #pragma unroll 1
   for (int dx = 0; dx < kWindow; ++dx) {
@@ -376,8 +383,10 @@ __device__ void project(psf::Sum<kSplit> (&sums)[Tiles<kWindow>::kPairs][Tiles<k
       column[n] = *reinterpret_cast<const float2*>(from + 2 * (n * G::kHaloWidth + dx));
 #pragma unroll
     for (int dy = 0; dy < kWindow; ++dy) add([&](int n) { return column[n + dy]; }, dy * kWindow + dx);
+    close();
   }
   add([](int) { return make_float2(1.0f, 1.0f); }, G::J);
+  close();
 }
 
 // Sum or maximum over the four lanes that hold the candidates of a pixel.
@@ -431,20 +440,30 @@ __device__ void transfer(float (&out)[Tiles<kWindow>::kRows][2], const Candidate
   using F = Factor<kWindow, kSplit>;
   const int lane = threadIdx.x % 32;
   const float* from = tile + at.r * G::kPlane + 2 * (at.row * G::kHaloWidth + at.column);
+  psf::Operand<kSplit> rows[G::kPairs][G::kEights];
+#pragma unroll
+  for (int t = 0; t < G::kPairs; ++t)
+#pragma unroll
+    for (int e = 0; e < G::kEights; ++e) {
+      const float (&v)[4] = c.values[t][e];
+      const float a[4] = {kUp<kSplit> * v[0], kUp<kSplit> * v[2], kUp<kSplit> * v[1], kUp<kSplit> * v[3]};
+      rows[t][e] = psf::Operand<kSplit>(a);
+    }
   const auto add = [&](const auto& near, int p) {
     const float2 first =
         base == nullptr ? make_float2(0.0f, 0.0f) : *reinterpret_cast<const float2*>(base + p * kChunk + 2 * at.r);
-    psf::Sum<kSplit> sums[G::kPairs];
+    float sums[G::kPairs][4] = {};
+    Constant<kSplit> constants[G::kEights];
 #pragma unroll
     for (int e = 0; e < G::kEights; ++e) {
-      const Constant<kSplit> constant(factor + (p * G::kEights + e) * F::kEight, lane);
+      constants[e] = Constant<kSplit>(factor + (p * G::kEights + e) * F::kEight, lane);
 #pragma unroll
-      for (int t = 0; t < G::kPairs; ++t) {
-        const float (&v)[4] = c.values[t][e];
-        const float a[4] = {kUp<kSplit> * v[0], kUp<kSplit> * v[2], kUp<kSplit> * v[1], kUp<kSplit> * v[3]};
-        sums[t].add(a, constant);
-      }
+      for (int t = 0; t < G::kPairs; ++t) psf::add_small<kSplit>(sums[t], rows[t][e], constants[e]);
     }
+#pragma unroll
+    for (int e = 0; e < G::kEights; ++e)
+#pragma unroll
+      for (int t = 0; t < G::kPairs; ++t) psf::add_large<kSplit>(sums[t], rows[t][e], constants[e]);
 #pragma unroll
     for (int n = 0; n < G::kRows; ++n) {
       const float2 value = near(n);
@@ -797,18 +816,25 @@ __device__ void gather(float (&out)[Tiles<kWindow>::kRows][2], const float* left
       const int p = G::J - 1 - (dy * kWindow + dx);  // from the source at (dx, dy) this pixel is the opposite way
       const float2 start =
           base == nullptr ? make_float2(0.0f, 0.0f) : *reinterpret_cast<const float2*>(base + p * kChunk + 2 * at.r);
-      psf::Sum<kSplit> sums[G::kPairs];
+      float sums[G::kPairs][4] = {};
+      Constant<kSplit> constants[G::kEights];
+      psf::Operand<kSplit> rows[G::kEights][G::kPairs];
 #pragma unroll
       for (int e = 0; e < G::kEights; ++e) {
-        const Constant<kSplit> constant(factor + (p * G::kEights + e) * F::kEight, lane);
+        constants[e] = Constant<kSplit>(factor + (p * G::kEights + e) * F::kEight, lane);
 #pragma unroll
         for (int t = 0; t < G::kPairs; ++t) {
           const float2 upper = candidates[e][2 * t + dy], lower = candidates[e][2 * t + 1 + dy];
           const float a[4] = {kUp<kSplit> * upper.x, kUp<kSplit> * lower.x, kUp<kSplit> * upper.y,
                               kUp<kSplit> * lower.y};
-          sums[t].add(a, constant);
+          rows[e][t] = psf::Operand<kSplit>(a);
+          psf::add_small<kSplit>(sums[t], rows[e][t], constants[e]);
         }
       }
+#pragma unroll
+      for (int e = 0; e < G::kEights; ++e)
+#pragma unroll
+        for (int t = 0; t < G::kPairs; ++t) psf::add_large<kSplit>(sums[t], rows[e][t], constants[e]);
 #pragma unroll
       for (int n = 0; n < G::kRows; ++n) {
         const float2 value = values[n + dy];
@@ -932,7 +958,10 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
                                   values[1] * beside(p + 1, 1)};
               const psf::Operand<kSplit> rows(a);
 #pragma unroll
-              for (int e = 0; e < G::kEights; ++e) sums[i][e].add(rows, columns[e]);
+              for (int e = 0; e < G::kEights; ++e) {
+                sums[i][e].add(rows, columns[e]);
+                sums[i][e].close();
+              }
             }
           }
         }

@@ -149,7 +149,8 @@ struct Gram<float, kCount> {
       const float* const right = line(matrix == 0 ? y_amplitude : y_phase, column + lane / 4);
       for (int t = 8 * group; t < kTile; t += 8 * groups(s.depth)) {
         const float a[4] = {upper[t], lower[t], upper[t + 4], lower[t + 4]}, b[2] = {right[t], right[t + 4]};
-        sums[n].add(a, psf::Terms<2>(b));
+        sums[n].add(psf::Operand<true>(a), psf::Terms<2>(b));
+        sums[n].close();
       }
     });
   }

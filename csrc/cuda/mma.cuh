@@ -48,6 +48,7 @@ struct Terms {
 template <bool kSplit>
 struct Operand {
   float values[4];
+  Operand() = default;
   __device__ __forceinline__ explicit Operand(const float (&a)[4]) : values{a[0], a[1], a[2], a[3]} {}
 };
 template <>
@@ -55,29 +56,47 @@ struct Operand<true> : Terms<4> {
   using Terms<4>::Terms;
 };
 
+// d += a b, in two calls: the products of small terms (kSplit; nothing else) and that of the large ones. A chain that
+// takes small ones first loses no more than its large ones do. B has `high` and, for kSplit, `low` as fragments.
+template <bool kSplit, class B>
+__device__ __forceinline__ void add_small(float (&d)[4], const Operand<kSplit>& a, const B& b) {
+  if constexpr (kSplit) {
+    mma(d, a.low, b.high, d);
+    mma(d, a.high, b.low, d);
+  }
+}
+template <bool kSplit, class B>
+__device__ __forceinline__ void add_large(float (&d)[4], const Operand<kSplit>& a, const B& b) {
+  if constexpr (kSplit)
+    mma(d, a.high, b.high, d);
+  else
+    mma(d, a.values, b.high, d);
+}
+
 // A sum of products a b with operands as accurate as float32 (kSplit: both as two TF32 terms, three products), or TF32.
-// B has `high` and, for kSplit, `low` as fragments.
+// Of the large products, those between two calls of `close` are a chain.
 template <bool kSplit>
 struct Sum {
-  float total[4] = {}, small[kSplit ? 4 : 1] = {};
+  float total[4] = {}, small[kSplit ? 4 : 1] = {}, chain[kSplit ? 4 : 1] = {};
 
   template <class B>
   __device__ __forceinline__ void add(const Operand<kSplit>& a, const B& b) {
     if constexpr (kSplit) {
-      float product[4] = {};
-      mma(small, a.low, b.high, small);
-      mma(small, a.high, b.low, small);
-      mma(product, a.high, b.high, product);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total[i] += product[i];
+      add_small<kSplit>(small, a, b);
+      add_large<kSplit>(chain, a, b);
     } else {
-      mma(total, a.values, b.high, total);
+      add_large<kSplit>(total, a, b);
     }
   }
 
-  template <class B>
-  __device__ __forceinline__ void add(const float (&a)[4], const B& b) {
-    add(Operand<kSplit>(a), b);
+  __device__ __forceinline__ void close() {
+    if constexpr (kSplit) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        total[i] += chain[i];
+        chain[i] = 0.0f;
+      }
+    }
   }
 
   __device__ __forceinline__ float operator[](int i) const {
