@@ -50,27 +50,46 @@ struct Operand {
   float values[4];
   Operand() = default;
   __device__ __forceinline__ explicit Operand(const float (&a)[4]) : values{a[0], a[1], a[2], a[3]} {}
+  __device__ __forceinline__ Operand(const float (&x)[4], const float (&y)[4])
+      : values{x[0] * y[0], x[1] * y[1], x[2] * y[2], x[3] * y[3]} {}
 };
 template <>
 struct Operand<true> : Terms<4> {
   using Terms<4>::Terms;
+  // Of products x y, which the two terms hold more exactly than a float32 would.
+  __device__ __forceinline__ Operand(const float (&x)[4], const float (&y)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      high[i] = rounded(x[i] * y[i]);
+      low[i] = fmaf(x[i], y[i], -high[i]);
+    }
+  }
 };
 
-// d += a b, in two calls: the products of small terms (kSplit; nothing else) and that of the large ones. A chain that
-// takes small ones first loses no more than its large ones do. B has `high` and, for kSplit, `low` as fragments.
+// d += a b as kTerms products, small ones first: a chain that takes those first loses no more than its large ones do.
+// B has `high` and, for kSplit, `low` as fragments.
+template <bool kSplit>
+constexpr int kTerms = kSplit ? 3 : 1;
 template <bool kSplit, class B>
-__device__ __forceinline__ void add_small(float (&d)[4], const Operand<kSplit>& a, const B& b) {
-  if constexpr (kSplit) {
-    mma(d, a.low, b.high, d);
-    mma(d, a.high, b.low, d);
-  }
-}
-template <bool kSplit, class B>
-__device__ __forceinline__ void add_large(float (&d)[4], const Operand<kSplit>& a, const B& b) {
+__device__ __forceinline__ void add_term(float (&d)[4], const Operand<kSplit>& a, const B& b, int term) {
   if constexpr (kSplit)
-    mma(d, a.high, b.high, d);
+    mma(d, term == 0 ? a.low : a.high, term == 1 ? b.low : b.high, d);
   else
     mma(d, a.values, b.high, d);
+}
+
+// d += a b, its terms a chain of their own.
+template <bool kSplit, class B>
+__device__ __forceinline__ void add(float (&d)[4], const Operand<kSplit>& a, const B& b) {
+  if constexpr (kSplit) {
+    float chain[4] = {};
+#pragma unroll
+    for (int term = 0; term < kTerms<kSplit>; ++term) add_term<kSplit>(chain, a, b, term);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += chain[i];
+  } else {
+    add_term<kSplit>(d, a, b, 0);
+  }
 }
 
 // A sum of products a b with operands as accurate as float32 (kSplit: both as two TF32 terms, three products), or TF32.
@@ -82,10 +101,11 @@ struct Sum {
   template <class B>
   __device__ __forceinline__ void add(const Operand<kSplit>& a, const B& b) {
     if constexpr (kSplit) {
-      add_small<kSplit>(small, a, b);
-      add_large<kSplit>(chain, a, b);
+      add_term<kSplit>(small, a, b, 0);
+      add_term<kSplit>(small, a, b, 1);
+      add_term<kSplit>(chain, a, b, 2);
     } else {
-      add_large<kSplit>(total, a, b);
+      add_term<kSplit>(total, a, b, 0);
     }
   }
 
