@@ -40,13 +40,94 @@ struct Geometry {
 
 // Sizes and strides (in elements) shared by q, k, v, their gradients and the outputs.
 struct Shape {
-  int64_t image;    // elements of one image: C * H * W
-  int64_t channel;  // from channel to channel
-  int64_t pixel;    // from pixel to pixel along x; a row is width * pixel
+  int64_t image;  // elements of one image: C * H * W
+  int channel;    // from channel to channel
+  int pixel;      // from pixel to pixel along x; a row is width * pixel
   int heads, dim, height, width;
   int tiles_x, tiles_y;
   bool channels_last;
-  bool whole_chunks;  // dim is a multiple of kChunk, and maps are aligned to eight of their values
+
+  __device__ int64_t offset(int d) const { return static_cast<int64_t>(d) * channel; }
+};
+
+// What kernels with learned neighbours may take for granted. rows, pixels: the head size is a multiple of kChunk and
+// maps are aligned to as many of their values; rows: rows of a channel are contiguous and of a multiple of four pixels.
+// pixels: channels_last.
+enum class Layout { rows, pixels, any };
+
+template <Layout kLayout>
+struct Map : Shape {
+  // Of a pixel along x.
+  __device__ auto step() const {
+    if constexpr (kLayout == Layout::rows)
+      return std::integral_constant<int, 1>();
+    else
+      return static_cast<int64_t>(pixel);
+  }
+  // The same pixels in float planes of their own, `count` of them, a multiple of kChunk: channel-contiguous.
+  __device__ auto planes(int count) const {
+    Map<kLayout == Layout::rows ? Layout::rows : Layout::any> map{*this};
+    map.channel = height * width;
+    map.pixel = 1;
+    map.dim = count;
+    return map;
+  }
+};
+
+// Neighbouring values, aligned to their size. Words: zeroed or loaded as a whole, 16-bit types stay packed.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Vector {
+  uint32_t words[sizeof(T) * kCount / 4];
+
+  Vector() = default;
+  __device__ Vector(float first, float second) {
+    static_assert(kCount == 2);
+    if constexpr (sizeof(T) == 4)
+      words[0] = __float_as_uint(first), words[1] = __float_as_uint(second);
+    else
+      words[0] = static_cast<T>(first).x | static_cast<uint32_t>(static_cast<T>(second).x) << 16;
+  }
+  __device__ float operator[](int i) const {
+    if constexpr (sizeof(T) == 4)
+      return __uint_as_float(words[i]);
+    else
+      return static_cast<float>(T(static_cast<uint16_t>(words[i / 2] >> i % 2 * 16), T::from_bits()));
+  }
+};
+
+// A chunk of channels of a tile with halo in shared memory: planes of kTogether channels, pixel by pixel.
+template <int kRadius_, int kTileHeight, int kTogether>
+struct Halo {
+  static constexpr int kRadius = kRadius_;
+  static constexpr int kLeft = 4 / kTogether;  // columns before the tile: its rows are stored in vectors of four floats
+  static constexpr int kWidth = kTileWidth + 2 * kLeft;
+  static constexpr int kHeight = kTileHeight + 2 * kRadius;
+  static constexpr int kPlane = (kTogether * kWidth * kHeight + 31 - 8) / 32 * 32 + 8;  // planes begin 8 banks apart
+  static constexpr int kFloats = kChunk / kTogether * kPlane;
+
+  // of channel d, row and column counted from the tile's first pixel less the radius
+  static __device__ int offset(int d, int row, int column) {
+    return d / kTogether * kPlane + kTogether * (row * kWidth + column + kLeft - kRadius) + d % kTogether;
+  }
+  // Channels d and d + 1 of a pixel, or of four.
+  static __device__ void put(float* tile, int d, int row, int column, float first, float second) {
+    float* const to = tile + offset(d, row, column);
+    if constexpr (kTogether == 2)
+      *reinterpret_cast<float2*>(to) = make_float2(first, second);
+    else
+      to[0] = first, to[kPlane] = second;
+  }
+  template <class T>
+  static __device__ void put(float* tile, int d, int row, int column, const Vector<T, 4>& a, const Vector<T, 4>& b) {
+    float* const to = tile + offset(d, row, column);
+    if constexpr (kTogether == 2) {
+      reinterpret_cast<float4*>(to)[0] = make_float4(a[0], b[0], a[1], b[1]);
+      reinterpret_cast<float4*>(to)[1] = make_float4(a[2], b[2], a[3], b[3]);
+    } else {
+      *reinterpret_cast<float4*>(to) = make_float4(a[0], a[1], a[2], a[3]);
+      *reinterpret_cast<float4*>(to + kPlane) = make_float4(b[0], b[1], b[2], b[3]);
+    }
+  }
 };
 
 // What a block works on: one head of one image, one tile of pixels.
@@ -75,7 +156,7 @@ __device__ void load_tile(float* tile, const T* data, const Shape& s, int chunk,
     const int y = y0 + at / halo_width - radius, x = x0 + at % halo_width - radius;
     float value = 0.0f;
     if (chunk + d < s.dim && y >= 0 && y < s.height && x >= 0 && x < s.width)
-      value = static_cast<float>(data[(chunk + d) * s.channel + (static_cast<int64_t>(y) * s.width + x) * s.pixel]);
+      value = static_cast<float>(data[s.offset(chunk + d) + (static_cast<int64_t>(y) * s.width + x) * s.pixel]);
     tile[d * plane + at] = value;
   }
 }
@@ -84,13 +165,13 @@ __device__ void load_tile(float* tile, const T* data, const Shape& s, int chunk,
 template <class T>
 __device__ float load_pixel(const T* data, const Shape& s, int d, int x, int y) {
   if (x >= s.width || y >= s.height || d >= s.dim) return 0.0f;
-  return static_cast<float>(data[d * s.channel + (static_cast<int64_t>(y) * s.width + x) * s.pixel]);
+  return static_cast<float>(data[s.offset(d) + (static_cast<int64_t>(y) * s.width + x) * s.pixel]);
 }
 
 template <class T>
 __device__ void store_pixel(T* data, float value, const Shape& s, int d, int x, int y) {
   if (x >= s.width || y >= s.height || d >= s.dim) return;
-  data[d * s.channel + (static_cast<int64_t>(y) * s.width + x) * s.pixel] = static_cast<T>(value);
+  data[s.offset(d) + (static_cast<int64_t>(y) * s.width + x) * s.pixel] = static_cast<T>(value);
 }
 
 // The window of channel d around each of a thread's pixels: rows shared by the pixels are read once.
@@ -146,10 +227,17 @@ __device__ void softmax(float (&values)[kPixels][J], float scale) {
   }
 }
 
+// A map of both modalities: 0 is PAN, 1 is MS.
+template <class T>
+struct Both {
+  T *pan, *ms;
+  __device__ T* operator[](int m) const { return m == 0 ? pan : ms; }
+};
+
 template <class T>
 struct Inputs {
   const T* q;
-  const T *k_pan, *v_pan, *k_ms, *v_ms;
+  Both<const T> k, v;
   float scale;
 };
 
@@ -176,18 +264,13 @@ struct Tiles {
   static constexpr int kPairs = kWindow == 3 ? 4 : 2;  // of rows of pixels a warp owns: products of one factor
   static constexpr int kRows = 2 * kPairs;
   static constexpr int kTileHeight = 2 * kRows;  // four warps along x, two along y
-  static constexpr int kHaloWidth = kTileWidth + 2 * kRadius;
-  static constexpr int kHaloArea = kHaloWidth * (kTileHeight + 2 * kRadius);
-  static constexpr int kThreads = kWarps * 32;
-  static constexpr int kOwned = (kHaloArea + kThreads - 1) / kThreads;  // pixels of the halo a thread loads
-  // Floats of a plane of pairs of channels: planes begin 8 banks apart.
-  static constexpr int kPlane = (2 * kHaloArea + 31 - 8) / 32 * 32 + 8;
-  static constexpr int kTile = kChunk / 2 * kPlane;
+  using Halo = ::Halo<kRadius, kTileHeight, 2>;
+  static constexpr int kTile = Halo::kFloats;
 };
 
 // The constant factor as lanes read it, in float32 terms of TF32 values, for chunks of channels c, kinds (0: project,
 // 1: transfer), offsets p, eights of candidates e: [c][kind][p][e][lane][high, high, low, low], without the low terms
-// where kSplit is false; then mean_j W[d,j,p] as [c][p][8 channels].
+// where kSplit is false; behind each c mean_j W[d,j,p] as [p][8 channels].
 template <int kWindow, bool kSplit>
 struct Factor {
   static constexpr int J = kWindow * kWindow;
@@ -196,15 +279,11 @@ struct Factor {
   static constexpr int kKind = (J + 1) * (J / 8) * kEight;
   static constexpr int kBase = (J + 1) * kChunk;
   const float* packed;
-  int chunks;
 
+  static constexpr int kAll = 2 * kKind + kBase;  // of a chunk
   __device__ const float* kind(int chunk, int kind) const {
-    return packed + (static_cast<int64_t>(chunk / kChunk) * 2 + kind) * kKind;
+    return packed + static_cast<int64_t>(chunk / kChunk) * kAll + kind * kKind;
   }
-  __device__ const float* base(int chunk) const {
-    return packed + static_cast<int64_t>(chunks) * 2 * kKind + chunk / kChunk * kBase;
-  }
-  static int64_t size(int chunks) { return static_cast<int64_t>(chunks) * (2 * kKind + kBase); }
 };
 
 template <int kWindow, bool kSplit>
@@ -223,14 +302,15 @@ __global__ void pack_kernel(const float* weight, const float* bias, float* packe
     for (int n = 0; n < 2; ++n) {
       const int d = chunk + (kind == 0 ? 2 * r + n : q), j = 8 * e + (kind == 0 ? q : 2 * r + n);
       const float exact = value(d, j, p) - value(d, F::J - 1, p), high = psf::rounded(exact);
-      packed[i * F::kLane + n] = high;
-      if constexpr (kSplit) packed[i * F::kLane + 2 + n] = psf::rounded(exact - high);
+      float* const to = packed + i / (2 * kSlots) * F::kAll + i % (2 * kSlots) * F::kLane + n;
+      to[0] = high;
+      if constexpr (kSplit) to[2] = psf::rounded(exact - high);
     }
   }
   if (i < chunks * F::kBase) {
     float mean = 0.0f;
     for (int j = 0; j < F::J; ++j) mean += value(i / F::kBase * kChunk + i % kChunk, j, i / kChunk % (F::J + 1));
-    packed[static_cast<int64_t>(chunks) * 2 * F::kKind + i] = mean / F::J;
+    packed[i / F::kBase * F::kAll + 2 * F::kKind + i % F::kBase] = mean / F::J;
   }
 }
 
@@ -241,9 +321,8 @@ struct Lane {
   int x, y;         // in the image, of its first pixel
   int column, row;  // in the tile
   int q, r;
-  int owned[G::kOwned];  // pixels of the halo that it loads, y * width + x, or -1 outside
 
-  __device__ Lane(const Place& at, const Shape& s) {
+  __device__ explicit Lane(const Place& at) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     q = lane / 4;
     r = lane % 4;
@@ -251,14 +330,13 @@ struct Lane {
     row = warp / 4 * G::kRows;
     x = at.x0 + column;
     y = at.y0 + row;
-#pragma unroll
-    for (int n = 0; n < G::kOwned; ++n) {
-      const int i = static_cast<int>(threadIdx.x) + n * G::kThreads;
-      const int from_x = at.x0 + i % G::kHaloWidth - G::kRadius, from_y = at.y0 + i / G::kHaloWidth - G::kRadius;
-      const bool inside = from_x >= 0 && from_x < s.width && from_y >= 0 && from_y < s.height;
-      owned[n] = i < G::kHaloArea && inside ? from_y * s.width + from_x : -1;
-    }
   }
+
+  // Offset of its pairs of channels in the halo, beside its first pixel.
+  __device__ int first() const { return G::Halo::offset(2 * r, row, column); }
+  // Of its pixel in the first row, or of the nearest pixel of the image; the step from the n-th row to the next.
+  __device__ int pixel(const Shape& s) const { return min(y, s.height - 1) * s.width + min(x, s.width - 1); }
+  __device__ int step(const Shape& s, int n) const { return y + n + 1 < s.height ? s.width : 0; }
 };
 
 // What is multiplied into products before the hardware cuts them down to TF32: it then rounds, as the mean of what is
@@ -266,62 +344,137 @@ struct Lane {
 template <bool kSplit>
 constexpr float kUp = kSplit ? 1.0f : 1.0f + 0.72f / 2048;
 
-// Eight neighbouring values, aligned to their size.
-template <class T>
-struct alignas(sizeof(T) * 8) Eight {
-  T values[8];
-};
-
-// One chunk of channels with halo into planes of pairs [4][kPlane / 2][2], zero outside image and head.
-template <int kWindow, class T>
-__device__ void load_pairs(float* tile, const T* data, const Lane<kWindow>& lane, const Shape& s, int chunk) {
-  using G = Tiles<kWindow>;
+// One chunk of channels with halo, zero outside image and head; the first channel's address is `data`, `left` channels
+// are left of the head. A warp loads every kWarps-th row, then all share the columns beside the tile.
+template <class Halo, class T, Layout kLayout>
+__device__ void load_halo(float* tile, const T* data, int left, int x0, int y0, const Map<kLayout>& s) {
+  constexpr int kRadius = Halo::kRadius, kSteps = (Halo::kHeight + kWarps - 1) / kWarps;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, reverse = kWarps * 32 - 1 - static_cast<int>(threadIdx.x);
+  x0 -= kRadius;
+  y0 -= kRadius;
+  const auto inside = [&](int row, int column) {
+    return y0 + row >= 0 && y0 + row < s.height && x0 + column >= 0 && x0 + column < s.width;
+  };
+  if constexpr (kLayout == Layout::rows) {  // four pixels of two channels
+    const int d = lane / 8 * 2, column = kRadius + lane % 8 * 4;
+    const T* from = data + s.offset(d) + x0 + column + static_cast<int64_t>(y0 + warp) * s.width;
+    Vector<T, 4> values[kSteps][2];
 #pragma unroll
-  for (int n = 0; n < G::kOwned; ++n) {
-    const int i = static_cast<int>(threadIdx.x) + n * G::kThreads;
-    if (i >= G::kHaloArea) break;
-    float values[kChunk] = {};
-    if (lane.owned[n] >= 0) {
-      const T* from = data + chunk * s.channel + lane.owned[n] * s.pixel;
-      if (s.whole_chunks && s.channels_last) {
-        const Eight<T> eight = *reinterpret_cast<const Eight<T>*>(from);
+    for (int n = 0; n < kSteps; ++n) {
+      const int row = warp + n * kWarps;
+      values[n][0] = values[n][1] = {};
+      if (row < Halo::kHeight && inside(row, column)) {
+        values[n][0] = *reinterpret_cast<const Vector<T, 4>*>(from);
+        values[n][1] = *reinterpret_cast<const Vector<T, 4>*>(from + s.channel);
+      }
+      from += static_cast<int64_t>(kWarps) * s.width;
+    }
+    const int edge = reverse / 4 % 2 * (kTileWidth + kRadius), row = reverse / 8;
+    static_assert(Halo::kHeight * 8 <= kWarps * 32);
+    if (row < Halo::kHeight) {
+      const int d = reverse % 4 * 2;
 #pragma unroll
-        for (int d = 0; d < kChunk; ++d) values[d] = static_cast<float>(eight.values[d]);
-      } else {
-#pragma unroll
-        for (int d = 0; d < kChunk; ++d)
-          if (s.whole_chunks || chunk + d < s.dim) values[d] = static_cast<float>(from[d * s.channel]);
+      for (int n = 0; n < kRadius; ++n) {
+        T pair[2] = {};
+        if (inside(row, edge + n)) {
+          const T* const at = data + s.offset(d) + ((y0 + row) * s.width + x0 + edge + n);
+          pair[0] = at[0];
+          pair[1] = at[s.channel];
+        }
+        Halo::put(tile, d, row, edge + n, static_cast<float>(pair[0]), static_cast<float>(pair[1]));
       }
     }
 #pragma unroll
-    for (int pair = 0; pair < kChunk / 2; ++pair)
-      *reinterpret_cast<float2*>(tile + pair * G::kPlane + 2 * i) = make_float2(values[2 * pair], values[2 * pair + 1]);
+    for (int n = 0; n < kSteps; ++n)
+      if (warp + n * kWarps < Halo::kHeight) Halo::put(tile, d, warp + n * kWarps, column, values[n][0], values[n][1]);
+    return;
+  }
+  const auto load = [&](int row, int column) {  // all channels of a pixel
+    float values[kChunk] = {};
+    if (inside(row, column)) {
+      const T* const at = data + static_cast<int64_t>((y0 + row) * s.width + x0 + column) * s.pixel;
+      if constexpr (kLayout == Layout::pixels) {
+        const auto vector = *reinterpret_cast<const Vector<T, kChunk>*>(at);
+#pragma unroll
+        for (int d = 0; d < kChunk; ++d) values[d] = vector[d];
+      } else {
+#pragma unroll
+        for (int d = 0; d < kChunk; ++d)
+          if (d < left) values[d] = static_cast<float>(at[s.offset(d)]);
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < kChunk; d += 2) Halo::put(tile, d, row, column, values[d], values[d + 1]);
+  };
+  for (int row = warp; row < Halo::kHeight; row += kWarps) load(row, kRadius + lane);
+  if (reverse < Halo::kHeight * 2 * kRadius) {
+    const int column = reverse % (2 * kRadius);
+    load(reverse / (2 * kRadius), column < kRadius ? column : kTileWidth + column);
   }
 }
 
-// `factor` times a lane's channels 2r and 2r + 1 of its pixels, zero outside image and head.
-template <int kWindow, class T>
+// `factor` times a lane's channels 2r and 2r + 1 of its pixels. Outside image and head it reads what is nearest: those
+// products reach nothing, or they multiply a zero of the constant factor.
+template <int kWindow, class T, Layout kLayout>
 __device__ void load_own(float (&own)[Tiles<kWindow>::kRows][2], const T* data, const Lane<kWindow>& lane,
-                         const Shape& s, int chunk, float factor) {
+                         const Map<kLayout>& s, int chunk, float factor) {
+  const int d = chunk + 2 * lane.r;
+  const int64_t at = static_cast<int64_t>(lane.pixel(s)) * s.step();
+  if constexpr (kLayout == Layout::pixels) {
+    const T* from = data + d + at;
 #pragma unroll
-  for (int n = 0; n < Tiles<kWindow>::kRows; ++n)
+    for (int n = 0; n < Tiles<kWindow>::kRows; ++n) {
+      const auto pair = *reinterpret_cast<const Vector<T, 2>*>(from);
+      own[n][0] = factor * pair[0];
+      own[n][1] = factor * pair[1];
+      from += lane.step(s, n) * s.step();
+    }
+  } else {
+    const T* first = data + s.offset(min(d, s.dim - 1)) + at;
+    const T* second = data + s.offset(min(d + 1, s.dim - 1)) + at;
 #pragma unroll
-    for (int c = 0; c < 2; ++c) own[n][c] = factor * load_pixel(data, s, chunk + 2 * lane.r + c, lane.x, lane.y + n);
+    for (int n = 0; n < Tiles<kWindow>::kRows; ++n) {
+      own[n][0] = factor * static_cast<float>(*first);
+      own[n][1] = factor * static_cast<float>(*second);
+      first += lane.step(s, n) * s.step();
+      second += lane.step(s, n) * s.step();
+    }
+  }
 }
 
-template <int kWindow, class T>
+template <int kWindow, class T, Layout kLayout>
 __device__ void store_own(T* data, const float (&own)[Tiles<kWindow>::kRows][2], const Lane<kWindow>& lane,
-                          const Shape& s, int chunk) {
+                          const Map<kLayout>& s, int chunk) {
+  const int d = chunk + 2 * lane.r, rows = lane.x < s.width ? s.height - lane.y : 0;
+  const int64_t at = (static_cast<int64_t>(lane.y) * s.width + lane.x) * s.step();
+  if constexpr (kLayout == Layout::pixels) {
+    T* to = data + d + at;
 #pragma unroll
-  for (int n = 0; n < Tiles<kWindow>::kRows; ++n)
+    for (int n = 0; n < Tiles<kWindow>::kRows; ++n) {
+      if (n < rows) *reinterpret_cast<Vector<T, 2>*>(to) = {own[n][0], own[n][1]};
+      to += s.width * s.step();
+    }
+  } else {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) store_pixel(data, own[n][c], s, chunk + 2 * lane.r + c, lane.x, lane.y + n);
+    for (int c = 0; c < 2; ++c) {
+      T* to = data + s.offset(d + c) + at;
+      const int count = d + c < s.dim ? rows : 0;
+#pragma unroll
+      for (int n = 0; n < Tiles<kWindow>::kRows; ++n) {
+        if (n < count) *to = static_cast<T>(own[n][c]);
+        to += s.width * s.step();
+      }
+    }
+  }
 }
 
-// `count` floats, a multiple of four, into shared memory.
-__device__ void copy(float* shared, const float* data, int count) {
-  for (int i = threadIdx.x; i < count / 4; i += blockDim.x)
-    reinterpret_cast<float4*>(shared)[i] = reinterpret_cast<const float4*>(data)[i];
+// kCount floats, a multiple of four, into shared memory.
+template <int kCount>
+__device__ void copy(float* shared, const float* data) {
+#pragma unroll
+  for (int n = 0; n < kCount / 4; n += kWarps * 32)
+    if (const int i = n + static_cast<int>(threadIdx.x); i < kCount / 4)
+      reinterpret_cast<float4*>(shared)[i] = reinterpret_cast<const float4*>(data)[i];
 }
 
 // A lane's share of the factor for one p and eight candidates: B of a product, as high and low terms.
@@ -329,6 +482,7 @@ template <bool kSplit>
 struct Constant {
   float high[2], low[2];
 
+  Constant() = default;
   __device__ Constant(const float* packed, int lane) {
     if constexpr (kSplit) {
       const float4 terms = reinterpret_cast<const float4*>(packed)[lane];
@@ -340,10 +494,10 @@ struct Constant {
   }
 };
 
-// Candidates of a lane's pixels: [pair of rows][eight of candidates], each as in C of a product.
+// Candidates of a lane's pixels: 2r and 2r + 1 of each eight.
 template <int kWindow>
 struct Candidates {
-  float values[Tiles<kWindow>::kPairs][Tiles<kWindow>::kEights][4];
+  float values[Tiles<kWindow>::kEights][Tiles<kWindow>::kRows][2];
 };
 
 // sums += sum_d,p left[d] tile[d](x+p) V[d,j,p] for a chunk.
@@ -354,7 +508,7 @@ __device__ void project(psf::Sum<kSplit> (&sums)[Tiles<kWindow>::kPairs][Tiles<k
   using G = Tiles<kWindow>;
   using F = Factor<kWindow, kSplit>;
   const int lane = threadIdx.x % 32;
-  const float* from = tile + at.r * G::kPlane + 2 * (at.row * G::kHaloWidth + at.column);
+  const float* from = tile + at.first();
   const auto add = [&](const auto& near, int p) {  // near(n): the lane's two channels beside its n-th pixel
 #pragma unroll
     for (int e = 0; e < G::kEights; ++e) {
@@ -362,22 +516,30 @@ __device__ void project(psf::Sum<kSplit> (&sums)[Tiles<kWindow>::kPairs][Tiles<k
 #pragma unroll
       for (int t = 0; t < G::kPairs; ++t) {
         const float2 upper = near(2 * t), lower = near(2 * t + 1);
-        const float a[4] = {left[2 * t][0] * upper.x, left[2 * t + 1][0] * lower.x, left[2 * t][1] * upper.y,
-                            left[2 * t + 1][1] * lower.y};
-        sums[t][e].add(a, constant);
+        const float a[4] = {left[2 * t][0], left[2 * t + 1][0], left[2 * t][1], left[2 * t + 1][1]};
+        const float b[4] = {upper.x, lower.x, upper.y, lower.y};
+        sums[t][e].add(psf::Operand<kSplit>(a, b), constant);
       }
     }
+  };
+  const auto close = [&] {
+#pragma unroll
+    for (int t = 0; t < G::kPairs; ++t)
+#pragma unroll
+      for (int e = 0; e < G::kEights; ++e) sums[t][e].close();
   };
 #pragma unroll 1
   for (int dx = 0; dx < kWindow; ++dx) {
     float2 column[G::kRows + 2 * G::kRadius];
 #pragma unroll
     for (int n = 0; n < G::kRows + 2 * G::kRadius; ++n)
-      column[n] = *reinterpret_cast<const float2*>(from + 2 * (n * G::kHaloWidth + dx));
+      column[n] = *reinterpret_cast<const float2*>(from + 2 * (n * G::Halo::kWidth + dx));
 #pragma unroll
     for (int dy = 0; dy < kWindow; ++dy) add([&](int n) { return column[n + dy]; }, dy * kWindow + dx);
+    close();
   }
   add([](int) { return make_float2(1.0f, 1.0f); }, G::J);
+  close();
 }
 
 // Sum or maximum over the four lanes that hold the candidates of a pixel.
@@ -396,68 +558,98 @@ template <int kWindow>
 __device__ void softmax(Candidates<kWindow>& logits, float scale) {
   using G = Tiles<kWindow>;
 #pragma unroll
-  for (int t = 0; t < G::kPairs; ++t)
+  for (int n = 0; n < G::kRows; ++n) {
+    float largest = 0.0f, total = 0.0f;
 #pragma unroll
-    for (int half = 0; half < 4; half += 2) {
-      float largest = 0.0f, total = 0.0f;
+    for (int e = 0; e < G::kEights; ++e)
 #pragma unroll
-      for (int e = 0; e < G::kEights; ++e)
+      for (float& logit : logits.values[e][n]) {
+        logit *= scale;
+        largest = fmaxf(largest, logit);
+        total += 0.0f * logit;  // NaN where a logit is not finite: the difference of two that were not is lost
+      }
+    largest = across(largest, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
-        for (int i = half; i < half + 2; ++i) {
-          float& logit = logits.values[t][e][i];
-          logit *= scale;
-          largest = fmaxf(largest, logit);
-          total += 0.0f * logit;  // NaN where a logit is not finite: the difference of two that were not is lost
-        }
-      largest = across(largest, [](float a, float b) { return fmaxf(a, b); });
+    for (int e = 0; e < G::kEights; ++e)
 #pragma unroll
-      for (int e = 0; e < G::kEights; ++e)
+      for (float& logit : logits.values[e][n]) total += logit = expf(logit - largest);
+    total = sum_across(total) + expf(-largest);
+    const float inverse = 1.0f / total;
 #pragma unroll
-        for (int i = half; i < half + 2; ++i) total += logits.values[t][e][i] = expf(logits.values[t][e][i] - largest);
-      total = sum_across(total) + expf(-largest);
-      const float inverse = 1.0f / total;
+    for (int e = 0; e < G::kEights; ++e)
 #pragma unroll
-      for (int e = 0; e < G::kEights; ++e)
+      for (float& logit : logits.values[e][n]) logit = logit * inverse - 1.0f / G::J;
+  }
+}
+
+// Candidates as A of products.
+template <int kWindow, bool kSplit>
+struct Rows {
+  psf::Operand<kSplit> values[Tiles<kWindow>::kPairs][Tiles<kWindow>::kEights];
+
+  __device__ explicit Rows(const Candidates<kWindow>& c) {
 #pragma unroll
-        for (int i = half; i < half + 2; ++i) logits.values[t][e][i] = logits.values[t][e][i] * inverse - 1.0f / G::J;
-    }
+    for (int t = 0; t < Tiles<kWindow>::kPairs; ++t)
+#pragma unroll
+      for (int e = 0; e < Tiles<kWindow>::kEights; ++e) {
+        const float (&upper)[2] = c.values[e][2 * t], (&lower)[2] = c.values[e][2 * t + 1];
+        const float a[4] = {kUp<kSplit> * upper[0], kUp<kSplit> * lower[0], kUp<kSplit> * upper[1],
+                            kUp<kSplit> * lower[1]};
+        values[t][e] = psf::Operand<kSplit>(a);
+      }
+  }
+};
+
+// out[n] += near(n) (mean + sum_e rows[n] constants[e]) for a lane's pixels n and two channels of each. Where TF32 will
+// do, the mean begins the chain of products, which would make it less accurate than float32.
+template <bool kSplit, int kPairs, int kEights, class Near>
+__device__ void add_products(float (&out)[2 * kPairs][2], const Near& near, float2 mean,
+                             const psf::Operand<kSplit> (&rows)[kPairs][kEights],
+                             const Constant<kSplit> (&constants)[kEights]) {
+  float sums[kPairs][4];
+#pragma unroll
+  for (float (&sum)[4] : sums) {
+    sum[0] = sum[2] = kSplit ? 0.0f : mean.x;
+    sum[1] = sum[3] = kSplit ? 0.0f : mean.y;
+  }
+#pragma unroll
+  for (int term = 0; term < psf::kTerms<kSplit>; ++term)
+#pragma unroll
+    for (int e = 0; e < kEights; ++e)
+#pragma unroll
+      for (int t = 0; t < kPairs; ++t) psf::add_term<kSplit>(sums[t], rows[t][e], constants[e], term);
+#pragma unroll
+  for (int n = 0; n < 2 * kPairs; ++n) {
+    const float2 value = near(n);
+    const float first = sums[n / 2][n % 2 * 2], second = sums[n / 2][n % 2 * 2 + 1];
+    out[n][0] += value.x * (kSplit ? mean.x + first : first);
+    out[n][1] += value.y * (kSplit ? mean.y + second : second);
+  }
 }
 
 // out[d] += sum_p tile[d](x+p) (base[d,p] + sum_j V[d,j,p] c_j) for a chunk; base: [p][8 channels], or null for none.
 template <int kWindow, bool kSplit>
-__device__ void transfer(float (&out)[Tiles<kWindow>::kRows][2], const Candidates<kWindow>& c, const float* tile,
+__device__ void transfer(float (&out)[Tiles<kWindow>::kRows][2], const Rows<kWindow, kSplit>& rows, const float* tile,
                          const float* factor, const float* base, const Lane<kWindow>& at) {
   using G = Tiles<kWindow>;
   using F = Factor<kWindow, kSplit>;
   const int lane = threadIdx.x % 32;
-  const float* from = tile + at.r * G::kPlane + 2 * (at.row * G::kHaloWidth + at.column);
+  const float* from = tile + at.first();
   const auto add = [&](const auto& near, int p) {
-    const float2 first =
+    const float2 mean =
         base == nullptr ? make_float2(0.0f, 0.0f) : *reinterpret_cast<const float2*>(base + p * kChunk + 2 * at.r);
-    psf::Sum<kSplit> sums[G::kPairs];
+    Constant<kSplit> constants[G::kEights];
 #pragma unroll
-    for (int e = 0; e < G::kEights; ++e) {
-      const Constant<kSplit> constant(factor + (p * G::kEights + e) * F::kEight, lane);
-#pragma unroll
-      for (int t = 0; t < G::kPairs; ++t) {
-        const float (&v)[4] = c.values[t][e];
-        const float a[4] = {kUp<kSplit> * v[0], kUp<kSplit> * v[2], kUp<kSplit> * v[1], kUp<kSplit> * v[3]};
-        sums[t].add(a, constant);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < G::kRows; ++n) {
-      const float2 value = near(n);
-      out[n][0] += value.x * (first.x + sums[n / 2][n % 2 * 2]);
-      out[n][1] += value.y * (first.y + sums[n / 2][n % 2 * 2 + 1]);
-    }
+    for (int e = 0; e < G::kEights; ++e)
+      constants[e] = Constant<kSplit>(factor + (p * G::kEights + e) * F::kEight, lane);
+    add_products<kSplit>(out, near, mean, rows.values, constants);
   };
 #pragma unroll 1
   for (int dx = 0; dx < kWindow; ++dx) {
     float2 column[G::kRows + 2 * G::kRadius];
 #pragma unroll
     for (int n = 0; n < G::kRows + 2 * G::kRadius; ++n)
-      column[n] = *reinterpret_cast<const float2*>(from + 2 * (n * G::kHaloWidth + dx));
+      column[n] = *reinterpret_cast<const float2*>(from + 2 * (n * G::Halo::kWidth + dx));
 #pragma unroll
     for (int dy = 0; dy < kWindow; ++dy) add([&](int n) { return column[n + dy]; }, dy * kWindow + dx);
   }
@@ -465,59 +657,58 @@ __device__ void transfer(float (&out)[Tiles<kWindow>::kRows][2], const Candidate
 }
 
 // sum_d left[d] nb(right)[d,j] less that of the last candidate, for all channels of a head.
-template <int kWindow, bool kSplit, class T>
+template <int kWindow, bool kSplit, class T, Layout kLayout>
 __device__ void contract(Candidates<kWindow>& result, const T* left, const T* right,
                          const Factor<kWindow, kSplit>& factor, float* tile, float* constants,
-                         const Lane<kWindow>& lane, const Shape& s) {
+                         const Lane<kWindow>& lane, const Place& at, const Map<kLayout>& s) {
   using G = Tiles<kWindow>;
   psf::Sum<kSplit> sums[G::kPairs][G::kEights];
   for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
-    __syncthreads();  // what was loaded before has been read
-    load_pairs<kWindow>(tile, right, lane, s, chunk);
-    copy(constants, factor.kind(chunk, 0), Factor<kWindow, kSplit>::kKind);
     float own[G::kRows][2];
     load_own<kWindow>(own, left, lane, s, chunk, kUp<kSplit>);
+    __syncthreads();  // what was loaded before has been read
+    load_halo<typename G::Halo>(tile, right + s.offset(chunk), s.dim - chunk, at.x0, at.y0, s);
+    copy<Factor<kWindow, kSplit>::kKind>(constants, factor.kind(chunk, 0));
     __syncthreads();
     project<kWindow, kSplit>(sums, own, tile, constants, lane);
   }
 #pragma unroll
-  for (int t = 0; t < G::kPairs; ++t)
+  for (int e = 0; e < G::kEights; ++e)
 #pragma unroll
-    for (int e = 0; e < G::kEights; ++e)
+    for (int n = 0; n < G::kRows; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) result.values[t][e][i] = sums[t][e][i];
+      for (int i = 0; i < 2; ++i) result.values[e][n][i] = sums[n / 2][e][n % 2 * 2 + i];
 }
 
-template <class T, int kWindow, bool kSplit>
+template <class T, int kWindow, bool kSplit, Layout kLayout>
 __global__ void __launch_bounds__(kWarps * 32, 2)
-    learned_forward_kernel(Inputs<T> in, Factor<kWindow, kSplit> factor, T* out_pan, T* out_ms, Shape s) {
+    learned_forward_kernel(Inputs<T> in, Factor<kWindow, kSplit> factor, Both<T> outs, Map<kLayout> s) {
   using G = Tiles<kWindow>;
   using F = Factor<kWindow, kSplit>;
   PSF_DYNAMIC_SHARED(float, tile);
   float* const constants = tile + G::kTile;
   float* const base = constants + F::kKind;
   const Place at = place_of(blockIdx.x, s, G::kTileHeight);
-  const Lane<kWindow> lane(at, s);
+  const Lane<kWindow> lane(at);
   for (int m = 0; m < 2; ++m) {
     Candidates<kWindow> attention;
-    contract<kWindow, kSplit>(attention, in.q + at.base, (m == 0 ? in.k_pan : in.k_ms) + at.base, factor, tile,
-                              constants, lane, s);
+    contract<kWindow, kSplit>(attention, in.q + at.base, in.k[m] + at.base, factor, tile, constants, lane, at, s);
     softmax<kWindow>(attention, in.scale);
+    const Rows<kWindow, kSplit> rows(attention);
     for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
       __syncthreads();
-      load_pairs<kWindow>(tile, (m == 0 ? in.v_pan : in.v_ms) + at.base, lane, s, chunk);
-      copy(constants, factor.kind(chunk, 1), F::kKind);
-      copy(base, factor.base(chunk), F::kBase);
+      load_halo<typename G::Halo>(tile, in.v[m] + at.base + s.offset(chunk), s.dim - chunk, at.x0, at.y0, s);
+      copy<F::kKind + F::kBase>(constants, factor.kind(chunk, 1));
       __syncthreads();
       float out[G::kRows][2] = {};
-      transfer<kWindow, kSplit>(out, attention, tile, constants, base, lane);
-      store_own<kWindow>((m == 0 ? out_pan : out_ms) + at.base, out, lane, s, chunk);
+      transfer<kWindow, kSplit>(out, rows, tile, constants, base, lane);
+      store_own<kWindow>(outs[m] + at.base, out, lane, s, chunk);
     }
   }
 }
 
 template <class T, int kWindow>
-__global__ void __launch_bounds__(kWarps * 32) shift_forward_kernel(Inputs<T> in, T* out_pan, T* out_ms, Shape s) {
+__global__ void __launch_bounds__(kWarps * 32) shift_forward_kernel(Inputs<T> in, Both<T> outs, Shape s) {
   using G = Geometry<kWindow>;
   PSF_SHARED(float, tile, kChunk* G::kHaloArea);
   const Place at = place_of(blockIdx.x, s, G::kTileHeight);
@@ -531,13 +722,13 @@ __global__ void __launch_bounds__(kWarps * 32) shift_forward_kernel(Inputs<T> in
   for (int m = 0; m < 2; ++m) {
     float attention[G::kPixels][G::J] = {};
     for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
-      load((m == 0 ? in.k_pan : in.k_ms), chunk);
+      load(in.k[m], chunk);
       add_dots<kWindow>(attention, in.q + at.base, tile, s, chunk, x, y, tx, ty);
     }
     softmax(attention, in.scale);
-    T* out = (m == 0 ? out_pan : out_ms) + at.base;
+    T* out = outs[m] + at.base;
     for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
-      load((m == 0 ? in.v_pan : in.v_ms), chunk);
+      load(in.v[m], chunk);
 #pragma unroll 1
       for (int d = 0; d < kChunk; ++d) {
         float mixed[G::kPixels] = {};
@@ -549,10 +740,11 @@ __global__ void __launch_bounds__(kWarps * 32) shift_forward_kernel(Inputs<T> in
   }
 }
 
-// Workspace planes of J floats a pixel: [2 modalities][attention, scale * logit gradient][images * heads][J][H * W].
+// Planes of `count` candidates: [2 modalities][attention, scale * logit gradient][images * heads][count][H * W]. All J;
+// with learned neighbours J - 1, and attention less 1 / J.
 struct Workspace {
   float* data;
-  int64_t plane;  // images * heads * J * H * W
+  int64_t plane;  // images * heads * count * H * W
   __device__ float* at(int modality, int kind, int64_t head, int64_t area, int count) const {
     return data + (modality * 2 + kind) * plane + head * count * area;
   }
@@ -562,7 +754,7 @@ struct Workspace {
 //   g_j = grad.nb(v)[:,j],  ds_j = scale a_j (g_j - sum_i a_i g_i),  dq[d] = sum over modalities sum_j ds_j nb(k)[d,j].
 template <class T, int kWindow>
 __global__ void __launch_bounds__(kWarps * 32)
-    backward_query_kernel(Inputs<T> in, const T* grad_pan, const T* grad_ms, T* grad_q, Workspace workspace, Shape s) {
+    backward_query_kernel(Inputs<T> in, Both<const T> grads, T* grad_q, Workspace workspace, Shape s) {
   using G = Geometry<kWindow>;
   PSF_SHARED(float, tile, kChunk* G::kHaloArea);
   PSF_SHARED(float, sums, kChunk* G::kPixels * kWarps * 32);
@@ -578,10 +770,10 @@ __global__ void __launch_bounds__(kWarps * 32)
   for (int m = 0; m < 2; ++m) {
     float attention[G::kPixels][G::J] = {}, change[G::kPixels][G::J] = {};
     for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
-      load(m == 0 ? in.k_pan : in.k_ms, chunk);
+      load(in.k[m], chunk);
       add_dots<kWindow>(attention, in.q + at.base, tile, s, chunk, x, y, tx, ty);
-      load(m == 0 ? in.v_pan : in.v_ms, chunk);
-      const T* grad = (m == 0 ? grad_pan : grad_ms) + at.base;
+      load(in.v[m], chunk);
+      const T* grad = grads[m] + at.base;
       add_dots<kWindow>(change, grad, tile, s, chunk, x, y, tx, ty);
     }
     softmax(attention, in.scale);
@@ -599,7 +791,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   }
   for (int chunk = 0; chunk < s.dim; chunk += kChunk)
     for (int m = 0; m < 2; ++m) {
-      load(m == 0 ? in.k_pan : in.k_ms, chunk);
+      load(in.k[m], chunk);
       float slope[G::kPixels][G::J];  // as this thread left it above
 #pragma unroll
       for (int n = 0; n < G::kPixels; ++n)
@@ -630,8 +822,8 @@ __global__ void __launch_bounds__(kWarps * 32)
 // No two threads write the same element, so the result does not depend on scheduling. One thread, one pixel.
 template <class T, int kWindow>
 __global__ void __launch_bounds__(kWarps * 32)
-    backward_neighbour_kernel(const T* q, const T* grad_pan, const T* grad_ms, T* grad_k_pan, T* grad_v_pan,
-                              T* grad_k_ms, T* grad_v_ms, Workspace workspace, Shape s) {
+    backward_neighbour_kernel(const T* q, Both<const T> grads, Both<T> grads_k, Both<T> grads_v, Workspace workspace,
+                              Shape s) {
   using G = Geometry<kWindow>;
   const Place at = place_of(blockIdx.x, s, kWarps);
   const int x = at.x0 + static_cast<int>(threadIdx.x % 32), y = at.y0 + static_cast<int>(threadIdx.x / 32);
@@ -639,9 +831,9 @@ __global__ void __launch_bounds__(kWarps * 32)
   for (int chunk = 0; chunk < s.dim; chunk += kChunk)
     for (int m = 0; m < 2; ++m)
       for (int kind = 0; kind < 2; ++kind) {  // 0: values, 1: keys
-        const T* left = (kind == 1 ? q : m == 0 ? grad_pan : grad_ms) + at.base;
+        const T* left = (kind == 1 ? q : grads[m]) + at.base;
         const float* factor = workspace.at(m, kind, at.head, area, G::J);
-        T* result = (kind == 1 ? (m == 0 ? grad_k_pan : grad_k_ms) : (m == 0 ? grad_v_pan : grad_v_ms)) + at.base;
+        T* result = (kind == 1 ? grads_k[m] : grads_v[m]) + at.base;
         float sums[kChunk] = {};
 #pragma unroll 1
         for (int p = 0; p < G::J; ++p) {
@@ -656,120 +848,59 @@ __global__ void __launch_bounds__(kWarps * 32)
       }
 }
 
-// A lane's candidates of its pixels to planes [J][H * W], `offset` added; the last one makes the sum `total`.
-template <int kWindow>
-__device__ void store_candidates(float* planes, const Candidates<kWindow>& c, float offset, float total,
-                                 const Lane<kWindow>& lane, const Shape& s) {
-  using G = Tiles<kWindow>;
-  const int64_t area = static_cast<int64_t>(s.height) * s.width;
-#pragma unroll
-  for (int n = 0; n < G::kRows; ++n) {
-    const bool inside = lane.x < s.width && lane.y + n < s.height;
-    float* const to = planes + static_cast<int64_t>(lane.y + n) * s.width + lane.x;
-    float sum = 0.0f;
-#pragma unroll
-    for (int e = 0; e < G::kEights; ++e)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float value = c.values[n / 2][e][n % 2 * 2 + i] + offset;
-        sum += value;
-        if (inside) to[(8 * e + 2 * lane.r + i) * area] = value;
-      }
-    sum = sum_across(sum);
-    if (inside && lane.r == 0) to[(G::J - 1) * area] = total - sum;
-  }
-}
-
-template <int kWindow>
-__device__ void load_candidates(Candidates<kWindow>& c, const float* planes, const Lane<kWindow>& lane,
-                                const Shape& s) {
-  using G = Tiles<kWindow>;
-  const int64_t area = static_cast<int64_t>(s.height) * s.width;
-#pragma unroll
-  for (int n = 0; n < G::kRows; ++n) {
-    const bool inside = lane.x < s.width && lane.y + n < s.height;
-    const float* const from = planes + static_cast<int64_t>(lane.y + n) * s.width + lane.x;
-#pragma unroll
-    for (int e = 0; e < G::kEights; ++e)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        c.values[n / 2][e][n % 2 * 2 + i] = inside ? from[(8 * e + 2 * lane.r + i) * area] : 0.0f;
-  }
-}
-
 // As backward_query_kernel. ds does not change when all g of a pixel do alike, and sums to zero.
-template <class T, int kWindow, bool kSplit>
+template <class T, int kWindow, bool kSplit, Layout kLayout>
 __global__ void __launch_bounds__(kWarps * 32, 2)
-    learned_backward_query_kernel(Inputs<T> in, Factor<kWindow, kSplit> factor, const T* grad_pan, const T* grad_ms,
-                                  T* grad_q, Workspace workspace, Shape s) {
+    learned_backward_query_kernel(Inputs<T> in, Factor<kWindow, kSplit> factor, Both<const T> grads, T* grad_q,
+                                  Workspace workspace, Map<kLayout> s) {
   using G = Tiles<kWindow>;
   PSF_DYNAMIC_SHARED(float, tile);
   float* const constants = tile + G::kTile;
   const Place at = place_of(blockIdx.x, s, G::kTileHeight);
-  const Lane<kWindow> lane(at, s);
-  const int64_t area = static_cast<int64_t>(s.height) * s.width;
+  const Lane<kWindow> lane(at);
+  const auto planes = s.planes(G::J - 1);
+  const int64_t area = planes.channel;
   for (int m = 0; m < 2; ++m) {
     Candidates<kWindow> attention, slope;
-    contract<kWindow, kSplit>(attention, in.q + at.base, (m == 0 ? in.k_pan : in.k_ms) + at.base, factor, tile,
-                              constants, lane, s);
+    contract<kWindow, kSplit>(attention, in.q + at.base, in.k[m] + at.base, factor, tile, constants, lane, at, s);
     softmax<kWindow>(attention, in.scale);
-    store_candidates<kWindow>(workspace.at(m, 0, at.head, area, G::J), attention, 1.0f / G::J, 1.0f, lane, s);
-    contract<kWindow, kSplit>(slope, (m == 0 ? grad_pan : grad_ms) + at.base, (m == 0 ? in.v_pan : in.v_ms) + at.base,
-                              factor, tile, constants, lane, s);
+    const auto store = [&](int kind, const Candidates<kWindow>& c) {
 #pragma unroll
-    for (int t = 0; t < G::kPairs; ++t)
+      for (int e = 0; e < G::kEights; ++e)
+        store_own<kWindow>(workspace.at(m, kind, at.head, area, G::J - 1), c.values[e], lane, planes, 8 * e);
+    };
+    store(0, attention);
+    contract<kWindow, kSplit>(slope, grads[m] + at.base, in.v[m] + at.base, factor, tile, constants, lane, at, s);
 #pragma unroll
-      for (int half = 0; half < 4; half += 2) {
-        float mean = 0.0f;
+    for (int n = 0; n < G::kRows; ++n) {
+      float mean = 0.0f;
 #pragma unroll
-        for (int e = 0; e < G::kEights; ++e)
+      for (int e = 0; e < G::kEights; ++e)
 #pragma unroll
-          for (int i = half; i < half + 2; ++i)
-            mean += (attention.values[t][e][i] + 1.0f / G::J) * slope.values[t][e][i];
-        mean = sum_across(mean);
+        for (int i = 0; i < 2; ++i) mean += (attention.values[e][n][i] + 1.0f / G::J) * slope.values[e][n][i];
+      mean = sum_across(mean);
 #pragma unroll
-        for (int e = 0; e < G::kEights; ++e)
+      for (int e = 0; e < G::kEights; ++e)
 #pragma unroll
-          for (int i = half; i < half + 2; ++i)
-            slope.values[t][e][i] =
-                in.scale * (attention.values[t][e][i] + 1.0f / G::J) * (slope.values[t][e][i] - mean);
-      }
-    store_candidates<kWindow>(workspace.at(m, 1, at.head, area, G::J), slope, 0.0f, 0.0f, lane, s);
+        for (int i = 0; i < 2; ++i)
+          slope.values[e][n][i] = in.scale * (attention.values[e][n][i] + 1.0f / G::J) * (slope.values[e][n][i] - mean);
+    }
+    store(1, slope);
   }
   for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
     float out[G::kRows][2] = {};
     for (int m = 0; m < 2; ++m) {
-      __syncthreads();
-      load_pairs<kWindow>(tile, (m == 0 ? in.k_pan : in.k_ms) + at.base, lane, s, chunk);
-      copy(constants, factor.kind(chunk, 1), Factor<kWindow, kSplit>::kKind);
       Candidates<kWindow> slope;  // as this lane left it above
-      load_candidates<kWindow>(slope, workspace.at(m, 1, at.head, area, G::J), lane, s);
+#pragma unroll
+      for (int e = 0; e < G::kEights; ++e)
+        load_own<kWindow>(slope.values[e], workspace.at(m, 1, at.head, area, G::J - 1), lane, planes, 8 * e, 1.0f);
       __syncthreads();
-      transfer<kWindow, kSplit>(out, slope, tile, constants, nullptr, lane);
+      load_halo<typename G::Halo>(tile, in.k[m] + at.base + s.offset(chunk), s.dim - chunk, at.x0, at.y0, s);
+      copy<Factor<kWindow, kSplit>::kKind>(constants, factor.kind(chunk, 1));
+      __syncthreads();
+      transfer<kWindow, kSplit>(out, Rows<kWindow, kSplit>(slope), tile, constants, nullptr, lane);
     }
     store_own<kWindow>(grad_q + at.base, out, lane, s, chunk);
-  }
-}
-
-// Candidates' planes with halo into planes of pairs, as load_pairs does with channels: [eight][4][kPlane / 2][2].
-template <int kWindow>
-__device__ void load_candidate_pairs(float* tile, const float* planes, float offset, const Lane<kWindow>& lane,
-                                     const Shape& s) {
-  using G = Tiles<kWindow>;
-  const int64_t area = static_cast<int64_t>(s.height) * s.width;
-#pragma unroll
-  for (int n = 0; n < G::kOwned; ++n) {
-    const int i = static_cast<int>(threadIdx.x) + n * G::kThreads;
-    if (i >= G::kHaloArea) break;
-#pragma unroll
-    for (int pair = 0; pair < G::kEights * 4; ++pair) {
-      float2 values = make_float2(0.0f, 0.0f);
-      if (lane.owned[n] >= 0) {
-        const float* from = planes + 2 * pair * area + lane.owned[n];
-        values = make_float2(from[0] + offset, from[area] + offset);
-      }
-      *reinterpret_cast<float2*>(tile + pair * G::kPlane + 2 * i) = values;
-    }
   }
 }
 
@@ -780,13 +911,13 @@ __device__ void gather(float (&out)[Tiles<kWindow>::kRows][2], const float* left
   using G = Tiles<kWindow>;
   using F = Factor<kWindow, kSplit>;
   constexpr int kColumn = G::kRows + 2 * G::kRadius;
-  const int lane = threadIdx.x % 32, first = at.r * G::kPlane + 2 * (at.row * G::kHaloWidth + at.column);
+  const int lane = threadIdx.x % 32, first = at.first();
 #pragma unroll 1
   for (int dx = 0; dx < kWindow; ++dx) {
     const auto load = [&](float2(&column)[kColumn], const float* tile) {
 #pragma unroll
       for (int n = 0; n < kColumn; ++n)
-        column[n] = *reinterpret_cast<const float2*>(tile + first + 2 * (n * G::kHaloWidth + dx));
+        column[n] = *reinterpret_cast<const float2*>(tile + first + 2 * (n * G::Halo::kWidth + dx));
     };
     float2 values[kColumn], candidates[G::kEights][kColumn];
     load(values, left);
@@ -795,36 +926,31 @@ __device__ void gather(float (&out)[Tiles<kWindow>::kRows][2], const float* left
 #pragma unroll
     for (int dy = 0; dy < kWindow; ++dy) {
       const int p = G::J - 1 - (dy * kWindow + dx);  // from the source at (dx, dy) this pixel is the opposite way
-      const float2 start =
+      const float2 mean =
           base == nullptr ? make_float2(0.0f, 0.0f) : *reinterpret_cast<const float2*>(base + p * kChunk + 2 * at.r);
-      psf::Sum<kSplit> sums[G::kPairs];
+      Constant<kSplit> constants[G::kEights];
+      psf::Operand<kSplit> rows[G::kPairs][G::kEights];
 #pragma unroll
       for (int e = 0; e < G::kEights; ++e) {
-        const Constant<kSplit> constant(factor + (p * G::kEights + e) * F::kEight, lane);
+        constants[e] = Constant<kSplit>(factor + (p * G::kEights + e) * F::kEight, lane);
 #pragma unroll
         for (int t = 0; t < G::kPairs; ++t) {
           const float2 upper = candidates[e][2 * t + dy], lower = candidates[e][2 * t + 1 + dy];
           const float a[4] = {kUp<kSplit> * upper.x, kUp<kSplit> * lower.x, kUp<kSplit> * upper.y,
                               kUp<kSplit> * lower.y};
-          sums[t].add(a, constant);
+          rows[t][e] = psf::Operand<kSplit>(a);
         }
       }
-#pragma unroll
-      for (int n = 0; n < G::kRows; ++n) {
-        const float2 value = values[n + dy];
-        out[n][0] += value.x * (start.x + sums[n / 2][n % 2 * 2]);
-        out[n][1] += value.y * (start.y + sums[n / 2][n % 2 * 2 + 1]);
-      }
+      add_products<kSplit>(out, [&](int n) { return values[n + dy]; }, mean, rows, constants);
     }
   }
 }
 
 // As backward_neighbour_kernel.
-template <class T, int kWindow, bool kSplit>
+template <class T, int kWindow, bool kSplit, Layout kLayout>
 __global__ void __launch_bounds__(kWarps * 32, 2)
-    learned_backward_neighbour_kernel(const T* q, Factor<kWindow, kSplit> factor, const T* grad_pan, const T* grad_ms,
-                                      T* grad_k_pan, T* grad_v_pan, T* grad_k_ms, T* grad_v_ms, Workspace workspace,
-                                      Shape s) {
+    learned_backward_neighbour_kernel(const T* q, Factor<kWindow, kSplit> factor, Both<const T> grads, Both<T> grads_k,
+                                      Both<T> grads_v, Workspace workspace, Map<kLayout> s) {
   using G = Tiles<kWindow>;
   using F = Factor<kWindow, kSplit>;
   PSF_DYNAMIC_SHARED(float, tile);
@@ -832,20 +958,22 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   float* const base = constants + F::kKind;
   float* const candidates = base + F::kBase;
   const Place at = place_of(blockIdx.x, s, G::kTileHeight);
-  const Lane<kWindow> lane(at, s);
-  const int64_t area = static_cast<int64_t>(s.height) * s.width;
+  const Lane<kWindow> lane(at);
+  const auto planes = s.planes(G::J - 1);
+  const int64_t area = planes.channel;
   for (int m = 0; m < 2; ++m)
     for (int kind = 0; kind < 2; ++kind) {  // 0: values, 1: keys
-      const T* left = (kind == 1 ? q : m == 0 ? grad_pan : grad_ms) + at.base;
-      T* result = (kind == 1 ? (m == 0 ? grad_k_pan : grad_k_ms) : (m == 0 ? grad_v_pan : grad_v_ms)) + at.base;
+      const T* left = (kind == 1 ? q : grads[m]) + at.base;
+      T* result = (kind == 1 ? grads_k[m] : grads_v[m]) + at.base;
       __syncthreads();
-      load_candidate_pairs<kWindow>(candidates, workspace.at(m, kind, at.head, area, G::J),
-                                    kind == 0 ? -1.0f / G::J : 0.0f, lane, s);
+      for (int e = 0; e < G::kEights; ++e)
+        load_halo<typename G::Halo>(candidates + e * G::kTile,
+                                    workspace.at(m, kind, at.head, area, G::J - 1) + planes.offset(8 * e), kChunk,
+                                    at.x0, at.y0, planes);
       for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
         if (chunk > 0) __syncthreads();
-        load_pairs<kWindow>(tile, left, lane, s, chunk);
-        copy(constants, factor.kind(chunk, 1), F::kKind);
-        copy(base, factor.base(chunk), F::kBase);
+        load_halo<typename G::Halo>(tile, left + s.offset(chunk), s.dim - chunk, at.x0, at.y0, s);
+        copy<F::kKind + F::kBase>(constants, factor.kind(chunk, 1));
         __syncthreads();
         float out[G::kRows][2] = {};
         gather<kWindow, kSplit>(out, tile, candidates, constants, kind == 0 ? base : nullptr, lane);
@@ -857,115 +985,158 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
 // Gradients of W and b: with L, R, c as above (R = k or v), over pixels, heads, images, modalities, keys and values,
 //   dW[d,j,p] = sum c_j(x) L[d](x) R[d](x+p),   db[d,j] = sum c_j(x) L[d](x)   (p = J).
 // On the tensor cores with pixels as the sum's index: [8 channels of two offsets, 8 pixels] x [8 pixels, 8 candidates].
-// A block walks over every gridDim.x-th tile; groups of its warps share the offsets, the warps of a group the pixels.
-// Sums of blocks go to `partial` [gridDim.x][dim][J + 1][J] and are added up in a fixed order afterwards.
+// The last candidate follows from the others as sum_j a_j = 1 and sum_j ds_j = 0: with c_j less 1 / J for values and
+//   S[d,p] = sum L[d](x) R[d](x+p) over values only,
+// dW[d,j,p] is sum c_j L R + S / J, and that of the last S / J less the other sums.
+// A block walks over tiles with one chunk of channels; groups of its warps share the offsets, the warps of a group the
+// pixels. A lane (q, r) owns pixels 2r and 2r + 1 of eight along x: channel q of L and candidate q, which nobody else
+// needs, come straight from memory. Sums of blocks go to `partial` [blocks of a chunk][dim][J + 1][J], S as last
+// candidate, and are added up in a fixed order afterwards.
 template <int kWindow>
 struct WeightTiles {
   static constexpr int J = kWindow * kWindow;
   static constexpr int kRadius = kWindow / 2;
-  static constexpr int kEights = (J + 7) / 8;  // of candidates
+  static constexpr int kEights = J / 8;  // of candidates
   static constexpr int kGroups = kWindow == 3 ? 1 : 8;
   static constexpr int kSlices = kWarps / kGroups;
   static constexpr int kPairs = ((J + 2) / 2 + kGroups - 1) / kGroups;  // of offsets a warp owns
-  static constexpr int kRows = kWindow == 3 ? 8 : 4;                    // pixel rows of a tile
-  static constexpr int kArea = kRows * kTileWidth;
-  static constexpr int kHaloWidth = kTileWidth + 2 * kRadius;
-  static constexpr int kHaloArea = kHaloWidth * (kRows + 2 * kRadius);
-  // Floats of a plane: planes begin 4 banks apart.
-  static constexpr int kPlane = (kArea + 31 - 4) / 32 * 32 + 4;
-  static constexpr int kHaloPlane = (kHaloArea + 31 - 4) / 32 * 32 + 4;
+  static constexpr int kRows = 4;                                       // of pixels a warp owns
+  static constexpr int kTileHeight = kSlices == 1 ? kRows : 2 * kRows;
+  using Halo = ::Halo<kRadius, kTileHeight, 1>;
   static constexpr int kSums = kChunk * (J + 1) * J;
-  static constexpr int kShared = std::max(kChunk * (kHaloPlane + kPlane) + 8 * kEights * kPlane, kSlices* kSums);
+  static constexpr int kShared = std::max(Halo::kFloats, kSlices* kSums);
 };
 
-template <class T, int kWindow, bool kSplit>
-__global__ void __launch_bounds__(kWarps * 32, 2)
-    backward_weight_kernel(Inputs<T> in, const T* grad_pan, const T* grad_ms, Workspace workspace, float* partial,
-                           int64_t tiles, Shape s) {
-  using G = WeightTiles<kWindow>;
-  PSF_SHARED(float, right, G::kShared);
-  float* const left = right + kChunk * G::kHaloPlane;
-  float* const candidates = left + kChunk * G::kPlane;
-  const int lane = threadIdx.x % 32, q = lane / 4, r = lane % 4, warp = threadIdx.x / 32;
-  const int slice = warp % G::kSlices, first = warp / G::kSlices * G::kPairs;
-  const int64_t area = static_cast<int64_t>(s.height) * s.width;
-  for (int chunk = 0; chunk < s.dim; chunk += kChunk) {
-    psf::Sum<kSplit> sums[G::kPairs][G::kEights];
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const Place at = place_of(tile, s, G::kRows);
-      for (int m = 0; m < 2; ++m)
-        for (int kind = 0; kind < 2; ++kind) {
-          const T* l = (kind == 1 ? in.q : m == 0 ? grad_pan : grad_ms) + at.base;
-          const T* near = (kind == 1 ? (m == 0 ? in.k_pan : in.k_ms) : (m == 0 ? in.v_pan : in.v_ms)) + at.base;
-          const float* c = workspace.at(m, kind, at.head, area, G::J);
-          __syncthreads();
-          load_tile(right, near, s, chunk, at.x0, at.y0, G::kHaloWidth, G::kHaloArea, G::kHaloPlane, G::kRadius);
-          load_tile(left, l, s, chunk, at.x0, at.y0, kTileWidth, G::kArea, G::kPlane, 0);
-          for (int i = threadIdx.x; i < 8 * G::kEights * G::kArea; i += blockDim.x) {
-            const int j = i / G::kArea, t = i % G::kArea;
-            const int x = at.x0 + t % kTileWidth, y = at.y0 + t / kTileWidth;
-            const bool real = j < G::J && x < s.width && y < s.height;
-            candidates[j * G::kPlane + t] = real ? c[j * area + static_cast<int64_t>(y) * s.width + x] : 0.0f;
-          }
-          __syncthreads();
-#pragma unroll 1
-          for (int step = slice; step < G::kArea / 8; step += G::kSlices) {
-            const int row = step / (kTileWidth / 8), x = step % (kTileWidth / 8) * 8 + r;
-            const float* own = left + q * G::kPlane + row * kTileWidth + x;
-            const float values[2] = {kUp<kSplit> * own[0], kUp<kSplit> * own[4]};
-            // R at offset p from pixel x + 4 n
-            const auto beside = [&](int p, int n) {
-              if (p >= G::J) return p == G::J ? 1.0f : 0.0f;
-              return right[q * G::kHaloPlane + (row + p / kWindow) * G::kHaloWidth + x + 4 * n + p % kWindow];
-            };
-            psf::Terms<2> columns[G::kEights];
+// Of one channel the pixels x and x + 1 in rows y and below, zero outside the image; x is even.
+template <int kRows, class T, Layout kLayout>
+__device__ void load_twos(float (&twos)[kRows][2], const T* data, int x, int y, const Map<kLayout>& s) {
+  if constexpr (kLayout == Layout::rows) {
+    const T* from = data + static_cast<int64_t>(y) * s.width + x;
 #pragma unroll
-            for (int e = 0; e < G::kEights; ++e) {
-              const float* column = candidates + (8 * e + q) * G::kPlane + row * kTileWidth + x;
-              const float b[2] = {column[0], column[4]};
-              columns[e] = psf::Terms<2>(b);
-            }
-#pragma unroll
-            for (int i = 0; i < G::kPairs; ++i) {
-              const int p = 2 * (first + i);
-              const float a[4] = {values[0] * beside(p, 0), values[0] * beside(p + 1, 0), values[1] * beside(p, 1),
-                                  values[1] * beside(p + 1, 1)};
-              const psf::Operand<kSplit> rows(a);
-#pragma unroll
-              for (int e = 0; e < G::kEights; ++e) sums[i][e].add(rows, columns[e]);
-            }
-          }
-        }
+    for (int n = 0; n < kRows; ++n) {
+      Vector<T, 2> two = {};
+      if (x < s.width && y + n < s.height) two = *reinterpret_cast<const Vector<T, 2>*>(from);
+      twos[n][0] = two[0];
+      twos[n][1] = two[1];
+      from += s.width;
     }
-    __syncthreads();
-    float* const slices = right;  // [kSlices][kChunk][J + 1][J]
+  } else {
 #pragma unroll
-    for (int i = 0; i < G::kPairs; ++i)
+    for (int n = 0; n < kRows; ++n)
 #pragma unroll
-      for (int e = 0; e < G::kEights; ++e)
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          const int p = 2 * (first + i) + n / 2, j = 8 * e + 2 * r + n % 2;
-          if (p <= G::J && j < G::J) slices[slice * G::kSums + (q * (G::J + 1) + p) * G::J + j] = sums[i][e][n];
-        }
-    __syncthreads();
-    for (int i = threadIdx.x; i < G::kSums; i += blockDim.x) {
-      float sum = 0.0f;
-      for (int n = 0; n < G::kSlices; ++n) sum += slices[n * G::kSums + i];
-      const int d = chunk + i / ((G::J + 1) * G::J);
-      if (d < s.dim)
-        partial[(static_cast<int64_t>(blockIdx.x) * s.dim + d) * (G::J + 1) * G::J + i % ((G::J + 1) * G::J)] = sum;
-    }
+      for (int i = 0; i < 2; ++i) {
+        const bool inside = x + i < s.width && y + n < s.height;
+        twos[n][i] =
+            inside ? static_cast<float>(data[static_cast<int64_t>((y + n) * s.width + x + i) * s.pixel]) : 0.0f;
+      }
   }
 }
 
-// Adds the partial sums up, one thread a sum, always in the same order.
-__global__ void reduce_kernel(const float* partial, float* grad_weight, float* grad_bias, int count, int J, int dim) {
-  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), total = dim * (J + 1) * J;
-  if (i >= total) return;
+template <class T, int kWindow, bool kSplit, Layout kLayout>
+__global__ void __launch_bounds__(kWarps * 32, 2)
+    backward_weight_kernel(Inputs<T> in, Both<const T> grads, Workspace workspace, float* partial, int64_t tiles,
+                           int chunks, Map<kLayout> s) {
+  using G = WeightTiles<kWindow>;
+  PSF_SHARED(float, right, G::kShared);
+  const int lane = threadIdx.x % 32, q = lane / 4, r = lane % 4, warp = threadIdx.x / 32;
+  const int slice = warp % G::kSlices;
+  const int first = G::kGroups == 1 ? 0 : warp / G::kSlices * G::kPairs * 2;
+  const int chunk = static_cast<int>(blockIdx.x) % chunks * kChunk;
+  const int walker = static_cast<int>(blockIdx.x) / chunks, walkers = static_cast<int>(gridDim.x) / chunks;
+  const auto planes = s.planes(G::J - 1);
+  const int row = slice / 4 * G::kRows;
+  float sums[G::kPairs][G::kEights][4] = {};
+  float whole[G::kPairs][2] = {};  // S
+  for (int64_t tile = walker; tile < tiles; tile += walkers) {
+    const Place at = place_of(tile, s, G::kTileHeight);
+    for (int m = 0; m < 2; ++m)
+      for (int kind = 0; kind < 2; ++kind) {  // 0: values, 1: keys
+        const T* l = (kind == 1 ? in.q : grads[m]) + at.base;
+        const T* near = (kind == 1 ? in.k[m] : in.v[m]) + at.base;
+        const float* c = workspace.at(m, kind, at.head, planes.channel, G::J - 1);
+        __syncthreads();
+        load_halo<typename G::Halo>(right, near + s.offset(chunk), s.dim - chunk, at.x0, at.y0, s);
+        __syncthreads();
+#pragma unroll 1
+        for (int x = slice % 4 * 8 + 2 * r; x < kTileWidth; x += 8 * std::min(4, G::kSlices)) {
+          float left[G::kRows][2], candidates[G::kEights][G::kRows][2];
+          load_twos(left, l + s.offset(min(chunk + q, s.dim - 1)), at.x0 + x, at.y0 + row, s);
+#pragma unroll
+          for (int e = 0; e < G::kEights; ++e)
+            load_twos(candidates[e], c + planes.offset(8 * e + q), at.x0 + x, at.y0 + row, planes);
+          const float* const around = right + G::Halo::offset(q, row, x);
+#pragma unroll
+          for (int n = 0; n < G::kRows; ++n) {
+            // R at offset p from the lane's i-th pixel
+            const auto beside = [&](int p, int i) {
+              if (p >= G::J) return p == G::J ? 1.0f : 0.0f;
+              return around[(n + p / kWindow) * G::Halo::kWidth + p % kWindow + i];
+            };
+            psf::Terms<2> columns[G::kEights];
+#pragma unroll
+            for (int e = 0; e < G::kEights; ++e) columns[e] = psf::Terms<2>(candidates[e][n]);
+            const float a[4] = {kUp<kSplit> * left[n][0], kUp<kSplit> * left[n][0], kUp<kSplit> * left[n][1],
+                                kUp<kSplit> * left[n][1]};
+#pragma unroll
+            for (int i = 0; i < G::kPairs; ++i) {
+              const int p = first + 2 * i;
+              const float b[4] = {beside(p, 0), beside(p + 1, 0), beside(p, 1), beside(p + 1, 1)};
+              const psf::Operand<kSplit> rows(a, b);
+#pragma unroll
+              for (int e = 0; e < G::kEights; ++e) psf::add<kSplit>(sums[i][e], rows, columns[e]);
+              if (kind == 0) {
+                whole[i][0] += left[n][0] * b[0] + left[n][1] * b[2];
+                whole[i][1] += left[n][0] * b[1] + left[n][1] * b[3];
+              }
+            }
+          }
+        }
+      }
+  }
+  __syncthreads();
+  float* const slices = right;  // [kSlices][kChunk][J + 1][J]
+#pragma unroll
+  for (int i = 0; i < G::kPairs; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int p = first + 2 * i + half;
+      const float all = sum_across(whole[i][half]);
+      if (p > G::J) continue;
+      float* const to = slices + slice * G::kSums + (q * (G::J + 1) + p) * G::J;
+#pragma unroll
+      for (int e = 0; e < G::kEights; ++e)
+#pragma unroll
+        for (int n = 0; n < 2; ++n) to[8 * e + 2 * r + n] = sums[i][e][2 * half + n];
+      if (r == 0) to[G::J - 1] = all;
+    }
+  __syncthreads();
+  for (int i = threadIdx.x; i < G::kSums; i += blockDim.x) {
+    float sum = 0.0f;
+    for (int n = 0; n < G::kSlices; ++n) sum += slices[n * G::kSums + i];
+    const int d = chunk + i / ((G::J + 1) * G::J);
+    if (d < s.dim)
+      partial[(static_cast<int64_t>(walker) * s.dim + d) * (G::J + 1) * G::J + i % ((G::J + 1) * G::J)] = sum;
+  }
+}
+
+// Adds the partial sums up, always in the same order: a block for one d and p, a warp for each candidate.
+template <int J>
+__global__ void reduce_kernel(const float* partial, float* grad_weight, float* grad_bias, int count, int dim) {
+  PSF_SHARED(float, sums, J);
+  const int lane = threadIdx.x % 32, j = threadIdx.x / 32, p = blockIdx.x % (J + 1), d = blockIdx.x / (J + 1);
   float sum = 0.0f;
-  for (int n = 0; n < count; ++n) sum += partial[static_cast<int64_t>(n) * total + i];
-  const int j = i % J, p = i / J % (J + 1), d = i / (J * (J + 1));
+  for (int n = lane; n < count; n += 32) sum += partial[(static_cast<int64_t>(n) * dim * (J + 1) + blockIdx.x) * J + j];
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+  if (lane == 0) sums[j] = sum;
+  __syncthreads();
+  if (lane > 0) return;
+  sum = sums[J - 1] / J;
+  if (j < J - 1) {
+    sum += sums[j];
+  } else {
+    for (int i = 0; i < J - 1; ++i) sum -= sums[i];
+  }
   if (p < J)
     grad_weight[(d * J + j) * J + p] = sum;
   else
@@ -981,14 +1152,13 @@ Shape shape_of(const Tensor& q, int64_t heads, bool channels_last) {
                   width);
   Shape s;
   s.image = channels * height * width;
-  s.channel = channels_last ? 1 : height * width;
-  s.pixel = channels_last ? channels : 1;
+  s.channel = channels_last ? 1 : static_cast<int>(height * width);
+  s.pixel = channels_last ? static_cast<int>(channels) : 1;
   s.heads = static_cast<int>(heads);
   s.dim = static_cast<int>(channels / heads);
   s.height = static_cast<int>(height);
   s.width = static_cast<int>(width);
   s.channels_last = channels_last;
-  s.whole_chunks = s.dim % kChunk == 0;
   return s;
 }
 
@@ -1012,6 +1182,11 @@ Tensor dense(const Tensor& t, bool channels_last) {
 template <class T>
 T* pointer(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
+}
+
+template <class T>
+Both<T> both(const Tensor& pan, const Tensor& ms) {
+  return {pointer<T>(pan), pointer<T>(ms)};
 }
 
 Tensor like(const Tensor& q, bool channels_last) {
@@ -1046,13 +1221,22 @@ struct Arguments {
 
   template <class T>
   Inputs<T> inputs(double scale) const {
-    return {pointer<T>(q),    pointer<T>(k_pan), pointer<T>(v_pan),
-            pointer<T>(k_ms), pointer<T>(v_ms),  static_cast<float>(scale)};
+    return {pointer<T>(q), both<const T>(k_pan, k_ms), both<const T>(v_pan, v_ms), static_cast<float>(scale)};
   }
 };
 
-bool aligned(const Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) % (kChunk * t.element_size()) == 0;
+// Calls body(Map) with the narrowest layout that all maps have.
+template <class Body>
+void with_layout(const Shape& s, std::initializer_list<const Tensor*> maps, Body body) {
+  bool vectors = s.dim % kChunk == 0 && (s.channels_last || s.width % 4 == 0);
+  for (const Tensor* map : maps)
+    vectors &= reinterpret_cast<uintptr_t>(map->mutable_data_ptr()) % (kChunk * map->element_size()) == 0;
+  if (!vectors)
+    body(Map<Layout::any>{s});
+  else if (s.channels_last)
+    body(Map<Layout::pixels>{s});
+  else
+    body(Map<Layout::rows>{s});
 }
 
 Arguments prepare(const Tensor& q, const Tensor& k_pan, const Tensor& v_pan, const Tensor& k_ms, const Tensor& v_ms,
@@ -1089,12 +1273,13 @@ void with_factor(const psf::Launch& launch, const Arguments& a, const Shape& s, 
   with_split<T>(tf32, [&]<bool kSplit>() {
     using F = Factor<kWindow, kSplit>;
     const int chunks = (s.dim + kChunk - 1) / kChunk;
-    const Tensor packed = torch::stable::empty({F::size(chunks)}, ScalarType::Float, std::nullopt, a.q.device());
+    const Tensor packed =
+        torch::stable::empty({int64_t{chunks} * F::kAll}, ScalarType::Float, std::nullopt, a.q.device());
     const int threads = chunks * std::max(2 * F::kKind / F::kLane, F::kBase);
     launch(pack_kernel<kWindow, kSplit>, dim3((threads + 255) / 256), dim3(256), 0,
            static_cast<const float*>(pointer<float>(*a.weight)), static_cast<const float*>(pointer<float>(*a.bias)),
            pointer<float>(packed), s.dim, chunks);
-    body.template operator()<kSplit>(F{pointer<float>(packed), chunks});
+    body.template operator()<kSplit>(F{pointer<float>(packed)});
   });
 }
 
@@ -1113,18 +1298,19 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k_pan, const T
   const psf::Launch launch(q);
   const Arguments a = prepare(q, k_pan, v_pan, k_ms, v_ms, weight, bias, channels_last);
   Shape s = shape_of(q, num_heads, channels_last);
-  s.whole_chunks &= aligned(a.k_pan) && aligned(a.v_pan) && aligned(a.k_ms) && aligned(a.v_ms);
   dispatch(q.scalar_type(), window, weight.has_value(), [&]<class T, int kWindow, bool kLearned>() {
     if constexpr (kLearned) {
       const int64_t blocks = tile(s, q.size(0), Tiles<kWindow>::kTileHeight);
       with_factor<T, kWindow>(launch, a, s, tf32, [&]<bool kSplit>(const Factor<kWindow, kSplit>& factor) {
-        launch(learned_forward_kernel<T, kWindow, kSplit>, grid_of(blocks), dim3(kWarps * 32),
-               shared_bytes<kWindow, kSplit>(), a.inputs<T>(scale), factor, pointer<T>(out_pan), pointer<T>(out_ms), s);
+        with_layout(s, {&a.q, &a.k_pan, &a.v_pan, &a.k_ms, &a.v_ms}, [&]<Layout kLayout>(const Map<kLayout>& map) {
+          launch(learned_forward_kernel<T, kWindow, kSplit, kLayout>, grid_of(blocks), dim3(kWarps * 32),
+                 shared_bytes<kWindow, kSplit>(), a.inputs<T>(scale), factor, both<T>(out_pan, out_ms), map);
+        });
       });
     } else {
       const int64_t blocks = tile(s, q.size(0), Geometry<kWindow>::kTileHeight);
       launch(shift_forward_kernel<T, kWindow>, grid_of(blocks), dim3(kWarps * 32), 0, a.inputs<T>(scale),
-             pointer<T>(out_pan), pointer<T>(out_ms), s);
+             both<T>(out_pan, out_ms), s);
     }
   });
   return {out_pan, out_ms};
@@ -1153,49 +1339,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const psf::Launch launch(q);
   const Arguments a = prepare(q, k_pan, v_pan, k_ms, v_ms, weight, bias, channels_last);
   const Tensor grad_pan = dense(grad_pan_, channels_last), grad_ms = dense(grad_ms_, channels_last);
-  for (const Tensor* map : {&a.q, &a.k_pan, &a.v_pan, &a.k_ms, &a.v_ms, &grad_pan, &grad_ms})
-    s.whole_chunks &= aligned(*map);
-  const int64_t plane = batch * num_heads * J * s.height * s.width;
+  // With learned neighbours the last candidate follows from the others.
+  const int64_t plane = batch * num_heads * (learned ? J - 1 : J) * s.height * s.width;
   const Tensor space = small({4, plane});
   const Workspace workspace{pointer<float>(space), plane};
   dispatch(q.scalar_type(), window, learned, [&]<class T, int kWindow, bool kLearned>() {
     const Inputs<T> in = a.inputs<T>(scale);
     const dim3 block(kWarps * 32);
-    int64_t tiles = tile(s, batch, Geometry<kWindow>::kTileHeight);
-    if constexpr (kLearned) {
-      tiles = tile(s, batch, Tiles<kWindow>::kTileHeight);
-      with_factor<T, kWindow>(launch, a, s, tf32, [&]<bool kSplit>(const Factor<kWindow, kSplit>& factor) {
-        launch(learned_backward_query_kernel<T, kWindow, kSplit>, grid_of(tiles), block,
-               shared_bytes<kWindow, kSplit>(), in, factor, pointer<T>(grad_pan), pointer<T>(grad_ms),
-               pointer<T>(grads[0]), workspace, s);
-        launch(learned_backward_neighbour_kernel<T, kWindow, kSplit>, grid_of(tiles), block,
-               shared_bytes<kWindow, kSplit>(Tiles<kWindow>::kEights), in.q, factor, pointer<T>(grad_pan),
-               pointer<T>(grad_ms), pointer<T>(grads[1]), pointer<T>(grads[2]), pointer<T>(grads[3]),
-               pointer<T>(grads[4]), workspace, s);
-      });
-    } else {
-      launch(backward_query_kernel<T, kWindow>, grid_of(tiles), block, 0, in, pointer<T>(grad_pan), pointer<T>(grad_ms),
-             pointer<T>(grads[0]), workspace, s);
-    }
+    const Both<const T> grads_out = both<const T>(grad_pan, grad_ms);
+    const Both<T> grads_k = both<T>(grads[1], grads[3]), grads_v = both<T>(grads[2], grads[4]);
     if constexpr (!kLearned) {
+      int64_t tiles = tile(s, batch, Geometry<kWindow>::kTileHeight);
+      launch(backward_query_kernel<T, kWindow>, grid_of(tiles), block, 0, in, grads_out, pointer<T>(grads[0]),
+             workspace, s);
       tiles = tile(s, batch, kWarps);
-      launch(backward_neighbour_kernel<T, kWindow>, grid_of(tiles), block, 0, in.q, pointer<T>(grad_pan),
-             pointer<T>(grad_ms), pointer<T>(grads[1]), pointer<T>(grads[2]), pointer<T>(grads[3]),
-             pointer<T>(grads[4]), workspace, s);
-    }
-    if constexpr (kLearned) {
+      launch(backward_neighbour_kernel<T, kWindow>, grid_of(tiles), block, 0, in.q, grads_out, grads_k, grads_v,
+             workspace, s);
+    } else {
       using W = WeightTiles<kWindow>;
-      tiles = tile(s, batch, W::kRows);
-      // Enough blocks to fill a large GPU; a fixed number, so that the order of addition is the same everywhere.
-      const int64_t blocks = tiles < 528 ? tiles : 528;
-      const int total = s.dim * (W::J + 1) * W::J;
-      const Tensor partial = small({blocks, total});
-      with_split<T>(tf32, [&]<bool kSplit>() {
-        launch(backward_weight_kernel<T, kWindow, kSplit>, grid_of(blocks), block, 0, in, pointer<T>(grad_pan),
-               pointer<T>(grad_ms), workspace, pointer<float>(partial), tiles, s);
+      // Enough blocks to fill a large GPU; a fixed number, so that the order of addition is the same everywhere. Blocks
+      // that follow each other share tiles and what they read of the workspace.
+      const int64_t weight_tiles = tile(s, batch, W::kTileHeight);
+      const int chunks = (s.dim + kChunk - 1) / kChunk, blocks = static_cast<int>(std::min<int64_t>(weight_tiles, 528));
+      const Tensor partial = small({blocks, s.dim, W::J + 1, W::J});
+      with_factor<T, kWindow>(launch, a, s, tf32, [&]<bool kSplit>(const Factor<kWindow, kSplit>& factor) {
+        const auto maps = {&a.q, &a.k_pan, &a.v_pan, &a.k_ms, &a.v_ms, &grad_pan, &grad_ms};
+        with_layout(s, maps, [&]<Layout kLayout>(Map<kLayout> map) {
+          const int64_t tiles = tile(map, batch, Tiles<kWindow>::kTileHeight);
+          launch(learned_backward_query_kernel<T, kWindow, kSplit, kLayout>, grid_of(tiles), block,
+                 shared_bytes<kWindow, kSplit>(), in, factor, grads_out, pointer<T>(grads[0]), workspace, map);
+          launch(learned_backward_neighbour_kernel<T, kWindow, kSplit, kLayout>, grid_of(tiles), block,
+                 shared_bytes<kWindow, kSplit>(Tiles<kWindow>::kEights), in.q, factor, grads_out, grads_k, grads_v,
+                 workspace, map);
+          tile(map, batch, W::kTileHeight);
+          launch(backward_weight_kernel<T, kWindow, kSplit, kLayout>, grid_of(int64_t{blocks} * chunks), block, 0, in,
+                 grads_out, workspace, pointer<float>(partial), weight_tiles, chunks, map);
+        });
       });
-      launch(reduce_kernel, dim3((total + 255) / 256), dim3(256), 0, static_cast<const float*>(pointer<float>(partial)),
-             pointer<float>(grad_weight), pointer<float>(grad_bias), static_cast<int>(blocks), W::J, s.dim);
+      launch(reduce_kernel<W::J>, grid_of(int64_t{s.dim} * (W::J + 1)), dim3(W::J * 32), 0,
+             static_cast<const float*>(pointer<float>(partial)), pointer<float>(grad_weight), pointer<float>(grad_bias),
+             blocks, s.dim);
     }
   });
   return {grads[0], grads[1], grads[2], grads[3], grads[4], grad_weight, grad_bias};

@@ -204,6 +204,7 @@ __device__ void mix(const Shape& s, const Run<Layout<T, kDepth>>& run, const T* 
         for (int n = 0; n < 2; ++n) {
           const float* const right = x + m * L::array(s) + (j + r) * L::kRow + t + 8 * n + q / 2 + q % 2 * 4;
           sums[m][n].add(a, psf::Terms<2>({right[0], right[4 * L::kRow]}));
+          sums[m][n].close();
         }
       }
     }
@@ -284,6 +285,7 @@ struct Gram<float, kDepth> {
       for (int n = 0; n < kColumns; ++n) {
         const float2 right = line(y, kBoth ? n : matrix, 8 * n)[t];
         sums[n].add(a, psf::Terms<2>({right.x, right.y}));
+        sums[n].close();
       }
     }
     if constexpr (kDepth == 64) {

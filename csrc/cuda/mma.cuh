@@ -48,36 +48,75 @@ struct Terms {
 template <bool kSplit>
 struct Operand {
   float values[4];
+  Operand() = default;
   __device__ __forceinline__ explicit Operand(const float (&a)[4]) : values{a[0], a[1], a[2], a[3]} {}
+  __device__ __forceinline__ Operand(const float (&x)[4], const float (&y)[4])
+      : values{x[0] * y[0], x[1] * y[1], x[2] * y[2], x[3] * y[3]} {}
 };
 template <>
 struct Operand<true> : Terms<4> {
   using Terms<4>::Terms;
+  // Of products x y, which the two terms hold more exactly than a float32 would.
+  __device__ __forceinline__ Operand(const float (&x)[4], const float (&y)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      high[i] = rounded(x[i] * y[i]);
+      low[i] = fmaf(x[i], y[i], -high[i]);
+    }
+  }
 };
 
-// A sum of products a b with operands as accurate as float32 (kSplit: both as two TF32 terms, three products), or TF32.
+// d += a b as kTerms products, small ones first: a chain that takes those first loses no more than its large ones do.
 // B has `high` and, for kSplit, `low` as fragments.
 template <bool kSplit>
+constexpr int kTerms = kSplit ? 3 : 1;
+template <bool kSplit, class B>
+__device__ __forceinline__ void add_term(float (&d)[4], const Operand<kSplit>& a, const B& b, int term) {
+  if constexpr (kSplit)
+    mma(d, term == 0 ? a.low : a.high, term == 1 ? b.low : b.high, d);
+  else
+    mma(d, a.values, b.high, d);
+}
+
+// d += a b, its terms a chain of their own.
+template <bool kSplit, class B>
+__device__ __forceinline__ void add(float (&d)[4], const Operand<kSplit>& a, const B& b) {
+  if constexpr (kSplit) {
+    float chain[4] = {};
+#pragma unroll
+    for (int term = 0; term < kTerms<kSplit>; ++term) add_term<kSplit>(chain, a, b, term);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += chain[i];
+  } else {
+    add_term<kSplit>(d, a, b, 0);
+  }
+}
+
+// A sum of products a b with operands as accurate as float32 (kSplit: both as two TF32 terms, three products), or TF32.
+// Of the large products, those between two calls of `close` are a chain.
+template <bool kSplit>
 struct Sum {
-  float total[4] = {}, small[kSplit ? 4 : 1] = {};
+  float total[4] = {}, small[kSplit ? 4 : 1] = {}, chain[kSplit ? 4 : 1] = {};
 
   template <class B>
   __device__ __forceinline__ void add(const Operand<kSplit>& a, const B& b) {
     if constexpr (kSplit) {
-      float product[4] = {};
-      mma(small, a.low, b.high, small);
-      mma(small, a.high, b.low, small);
-      mma(product, a.high, b.high, product);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total[i] += product[i];
+      add_term<kSplit>(small, a, b, 0);
+      add_term<kSplit>(small, a, b, 1);
+      add_term<kSplit>(chain, a, b, 2);
     } else {
-      mma(total, a.values, b.high, total);
+      add_term<kSplit>(total, a, b, 0);
     }
   }
 
-  template <class B>
-  __device__ __forceinline__ void add(const float (&a)[4], const B& b) {
-    add(Operand<kSplit>(a), b);
+  __device__ __forceinline__ void close() {
+    if constexpr (kSplit) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        total[i] += chain[i];
+        chain[i] = 0.0f;
+      }
+    }
   }
 
   // The same sum in half of the registers, until the next addition.

@@ -58,6 +58,10 @@ def error(actual, exact):
         ((2, 3, 1, 1), 3, 3, True, False),
         ((1, 8, 10, 6), 1, 5, True, True),
         ((1, 12, 9, 35), 1, 5, False, False),
+        ((1, 8, 34, 72), 1, 3, True, False),  # rows in vectors, a tile with neighbours on all sides
+        ((1, 8, 34, 72), 1, 3, True, True),
+        ((1, 16, 10, 36), 1, 5, True, False),
+        ((1, 10, 12, 20), 2, 5, True, True),
     ],
 )
 def test_agrees_with_reference(ops, shape, heads, window, learned, channels_last):
@@ -77,12 +81,13 @@ def test_agrees_with_reference(ops, shape, heads, window, learned, channels_last
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(ops, dtype):
-    data = case((1, 16, 6, 9), 2, 3, True, dtype)
+@pytest.mark.parametrize(("width", "channels_last"), [(9, False), (12, False), (9, True)])
+def test_low_precision(ops, dtype, width, channels_last):
+    data = case((1, 16, 6, width), 2, 3, True, dtype, channels_last)
     options = (2, 3, 0.25)
     out, grads = expected(*data, *options)
     plain_out, plain_grads = expected(*data, *options, dtype=dtype)
-    got_out, got_grads = run(ops, *data, *options, False)
+    got_out, got_grads = run(ops, *data, *options, channels_last)
     assert all(t.dtype == dtype for t in (*got_out, *got_grads[:5]))
     for ours, plain in zip(error(got_out, out), error(plain_out, out), strict=True):
         assert ours <= 2 * plain
@@ -90,12 +95,13 @@ def test_low_precision(ops, dtype):
         assert ours <= 3 * plain
 
 
-def test_result_does_not_depend_on_the_order_of_threads(ops, monkeypatch):
-    data = case((1, 16, 9, 40), 1, 3, True)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_result_does_not_depend_on_the_order_of_threads(ops, monkeypatch, channels_last):
+    data = case((1, 16, 9, 40), 1, 3, True, channels_last=channels_last)
     results = []
     for order in ORDERS:
         monkeypatch.setenv("SIMT_ORDER", order)
-        out, grads = run(ops, *data, 1, 3, 0.25, False)
+        out, grads = run(ops, *data, 1, 3, 0.25, channels_last)
         results.append([*out, *grads])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -130,25 +136,30 @@ def test_non_finite_values_reach_their_neighbourhood_and_no_further(ops, value, 
     assert out_ms.isfinite().all()
 
 
-def test_unaligned_maps(ops):
-    """A dense map whose address is not a multiple of eight values."""
-    tensors, weight, bias, _ = case((1, 8, 6, 9), 1, 3, True, channels_last=True)
-    wanted = ops.cm3a_fwd(*tensors, weight, bias, 1, 3, 0.3, True, False)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_unaligned_maps(ops, channels_last):
+    """A dense map whose address is not a multiple of eight values: the layout of the kernels changes, no result."""
+    tensors, weight, bias, gradients = case((1, 8, 6, 12), 1, 3, True, channels_last=channels_last)
+    wanted = run(ops, tensors, weight, bias, gradients, 1, 3, 0.3, channels_last)
     moved = torch.empty(tensors[1].numel() + 1)[1:].as_strided(tensors[1].shape, tensors[1].stride())
     tensors[1] = moved.copy_(tensors[1])
-    got = ops.cm3a_fwd(*tensors, weight, bias, 1, 3, 0.3, True, False)
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    got = run(ops, tensors, weight, bias, gradients, 1, 3, 0.3, channels_last)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize(
     ("edit", "learned"),
     [
         (("    __syncthreads();\n    project<", "    project<", 0), True),
-        (("from_x = at.x0 + i % G::kHaloWidth - G", "from_x = at.x0 + i % G::kHaloWidth + 1 - G", 0), True),
-        (("kUp<kSplit> * v[2]", "kUp<kSplit> * v[1]", 0), True),
+        (("y0 -= kRadius;", "y0 -= kRadius - 1;", 0), True),
+        (("kUp<kSplit> * lower[0]", "kUp<kSplit> * upper[1]", 0), True),
         (("    __syncthreads();\n  };\n", "  };\n", 0), False),
         (("G::J - 1 - (dy * kWindow + dx)", "dy * kWindow + dx", 0), True),
         (("beside(p + 1, 0)", "beside(p, 0)", 0), True),
+        (("from += static_cast<int64_t>(kWarps) * s.width;", "", 0), True),
+        (("% 2 * (kTileWidth + kRadius)", "% 2 * kTileWidth", 0), True),
+        (("sum -= sums[i];", "sum += sums[i];", 0), True),
     ],
     ids=[
         "missing barrier",
@@ -157,6 +168,9 @@ def test_unaligned_maps(ops):
         "missing barrier, shift",
         "mirrored window",
         "offset of a weight",
+        "rows not stepped",
+        "columns beside the tile",
+        "last candidate of a weight",
     ],
 )
 def test_planted_faults_are_noticed(edit, learned):
