@@ -24,18 +24,10 @@ from pansharp_fast.reference.wavelet import extension, geometry
 from .registry import Case, Run, kernels, register
 
 MODE = "symmetric"
+SHAPES = ((4, 32, 256, 256), (1, 1, 4096, 4096))
 #: (wavelet, levels, shape)
-DECOMPOSITIONS = (
-    ("haar", 1, (4, 32, 256, 256)),
-    ("db2", 1, (4, 32, 256, 256)),
-    ("db4", 1, (4, 32, 256, 256)),
-    ("bior4.4", 1, (4, 32, 256, 256)),
-    ("haar", 3, (4, 32, 256, 256)),
-    ("db4", 3, (4, 32, 256, 256)),
-    ("haar", 1, (1, 1, 4096, 4096)),
-    ("db4", 1, (1, 1, 4096, 4096)),
-)
-STATIONARY = (("haar", 1, (4, 32, 256, 256)), ("haar", 3, (4, 32, 256, 256)), ("haar", 1, (1, 1, 4096, 4096)))
+DECOMPOSITIONS = tuple(itertools.product(("haar", "db2", "db4", "bior4.4"), (1, 3), SHAPES))
+STATIONARY = tuple(itertools.product(("haar",), (1, 3), SHAPES))
 
 
 def flat(coeffs: Any) -> list[torch.Tensor]:

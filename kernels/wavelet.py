@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -54,7 +55,8 @@ def _source(j, n, MODE: tl.constexpr):
 
 @triton.jit
 def _analysis_kernel(
-    x, y, taps_y, taps_x, height, width, rows, count, offset_y, offset_x, dilation, stride_plane, stride_row,
+    x, y_a, y_h, y_v, y_d, taps_y, taps_x, height, width, rows, count, offset_y, offset_x, dilation, stride_plane,
+    stride_row, y_plane,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, MODE_Y: tl.constexpr, MODE_X: tl.constexpr, STEP: tl.constexpr,
     ACC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
@@ -86,13 +88,12 @@ def _analysis_kernel(
         h += tap_high * low
         v += tap_low * high
         d += tap_high * high
-    band = tl.cast(rows, tl.int64) * count  # an argument of 1 is a constant to the compiler and has no `.to`
-    out = y + plane * 4 * band + (i.to(tl.int64) * count)[:, None] + j[None, :]
-    kind = y.dtype.element_ty
-    tl.store(out, a.to(kind), mask=inside)
-    tl.store(out + band, h.to(kind), mask=inside)
-    tl.store(out + 2 * band, v.to(kind), mask=inside)
-    tl.store(out + 3 * band, d.to(kind), mask=inside)
+    at = plane * y_plane + (i.to(tl.int64) * count)[:, None] + j[None, :]
+    kind = y_a.dtype.element_ty
+    tl.store(y_a + at, a.to(kind), mask=inside)
+    tl.store(y_h + at, h.to(kind), mask=inside)
+    tl.store(y_v + at, v.to(kind), mask=inside)
+    tl.store(y_d + at, d.to(kind), mask=inside)
 
 
 @triton.jit
@@ -150,26 +151,50 @@ def _adjacent(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
 
 
-def wavelet_fwd(
-    x: torch.Tensor, taps_y: Sequence[float], taps_x: Sequence[float], mode_y: int, mode_x: int, dilation: int
-) -> torch.Tensor:
+def wavelet_fwd(x: torch.Tensor, *level: Any) -> torch.Tensor:
     """[N, H, W] -> [N, 4, H', W']: `pansharp_fast.reference.wavelet.analysis`."""
+    rows, count = _coefficients(x, *level)
+    y = x.new_empty(x.shape[0], 4, rows, count)
+    _analysis(x, y.unbind(1), *level)
+    return y
+
+
+def wavelet_bands_fwd(x: torch.Tensor, *level: Any) -> tuple[torch.Tensor, ...]:
+    """`wavelet_fwd` with four bands [N, H', W'] of memory of their own."""
+    rows, count = _coefficients(x, *level)
+    bands = tuple(x.new_empty(x.shape[0], rows, count) for _ in range(4))
+    _analysis(x, bands, *level)
+    return bands
+
+
+def _coefficients(
+    x: torch.Tensor, taps_y: Sequence[float], taps_x: Sequence[float], mode_y: int, mode_x: int, dilation: int
+) -> tuple[int, int]:
+    return (
+        geometry(x.shape[1], len(taps_y) // 2, MODES[mode_y], dilation)[2],
+        geometry(x.shape[2], len(taps_x) // 2, MODES[mode_x], dilation)[2],
+    )
+
+
+def _analysis(
+    x: torch.Tensor, bands: Sequence[torch.Tensor], taps_y: Sequence[float], taps_x: Sequence[float], mode_y: int,
+    mode_x: int, dilation: int,
+) -> None:  # fmt: skip
     planes, height, width = x.shape
     length_y, length_x = len(taps_y) // 2, len(taps_x) // 2
     step, offset_y, rows = geometry(height, length_y, MODES[mode_y], dilation)
     _, offset_x, count = geometry(width, length_x, MODES[mode_x], dilation)
-    y = x.new_empty(planes, 4, rows, count)
-    if y.numel() == 0:
-        return y
+    if bands[0].numel() == 0:
+        return
     x = _adjacent(x)
     wide = _wide(x.dtype)
     grid = (planes * triton.cdiv(rows, _TILE[0]) * triton.cdiv(count, _TILE[1]),)
     _analysis_kernel[grid](
-        x, y, _taps(tuple(taps_y), wide, x.device), _taps(tuple(taps_x), wide, x.device), height, width, rows, count,
-        offset_y, offset_x, dilation, x.stride(0), x.stride(1), TAPS_Y=length_y, TAPS_X=length_x, MODE_Y=mode_y,
-        MODE_X=mode_x, STEP=step, ACC=tl.float64 if wide == torch.float64 else tl.float32, BH=_TILE[0], BW=_TILE[1],
+        x, *bands, _taps(tuple(taps_y), wide, x.device), _taps(tuple(taps_x), wide, x.device), height, width, rows,
+        count, offset_y, offset_x, dilation, x.stride(0), x.stride(1), bands[0].stride(0), TAPS_Y=length_y,
+        TAPS_X=length_x, MODE_Y=mode_y, MODE_X=mode_x, STEP=step,
+        ACC=tl.float64 if wide == torch.float64 else tl.float32, BH=_TILE[0], BW=_TILE[1],
     )  # fmt: skip
-    return y
 
 
 def _reach(n: int, taps: int, mode: int, dilation: int) -> tuple[int, int]:

@@ -64,24 +64,24 @@ void for_tasks(int64_t count, const Body& body) {
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { body(next); });
 }
 
-// The memory of a new result of 32 MiB or more (anything smaller: no wishes), which decides how it is best written.
+// The memory of a new result, which decides how it is best written; no wishes unless all results of the call (`bytes`)
+// have 32 MiB or more.
 //
 // Memory that was used before should be written past the caches, which cannot hold it. glibc returns blocks above its
 // largest mmap threshold, 32 MiB, to the system at once, so that they come fresh at every call: those are asked for in
 // huge pages, which cost far less than page faults, and their zeros are still in the cache when the result is written.
 class ResultMemory {
  public:
-  explicit ResultMemory(const torch::stable::Tensor& result) {
+  explicit ResultMemory(const torch::stable::Tensor& result, int64_t bytes = 0) {
     const uintptr_t size = static_cast<uintptr_t>(result.numel() * result.element_size());
-    big_ = size >= uintptr_t{32} << 20;
+    big_ = std::max(size, static_cast<uintptr_t>(bytes)) >= uintptr_t{32} << 20;
 #ifdef __linux__
-    constexpr uintptr_t kSmall = 4096, kHuge = uintptr_t{2} << 20;
+    constexpr uintptr_t kPage = 4096;
     const uintptr_t begin = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
+    const auto page = [](uintptr_t at) { return reinterpret_cast<void*>(at / kPage * kPage); };
     unsigned char resident = 1;
-    void* const middle = reinterpret_cast<void*>((begin + size / 2) / kSmall * kSmall);
-    fresh_ = big_ && mincore(middle, kSmall, &resident) == 0 && (resident & 1) == 0;
-    const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + size) / kHuge * kHuge;
-    if (fresh_ && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+    fresh_ = big_ && mincore(page(begin + size / 2), kPage, &resident) == 0 && (resident & 1) == 0;
+    if (fresh_) madvise(page(begin), begin % kPage + size, MADV_HUGEPAGE);
 #endif
   }
   bool past_caches() const { return big_ && !fresh_; }

@@ -233,11 +233,11 @@ static void analyse(const Analysis& call, int64_t begin, int64_t end, void* memo
     wh[terms++] = g[k];
   }
 
-  const int64_t band = call.rows * line.count;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t n = row / call.rows, i = row % call.rows;
     const S* plane = static_cast<const S*>(call.x.data) + n * call.x.plane;
-    S* out = static_cast<S*>(call.y) + n * 4 * band + i * line.count;
+    S* out[4];
+    for (int b = 0; b < 4; ++b) out[b] = static_cast<S*>(call.y[b]) + n * call.plane + i * line.count;
     const int64_t at_row = vertical.start[i];
     const int entries = static_cast<int>(vertical.start[i + 1] - at_row);
     for (int t = 0; t < entries; ++t) rows[t] = plane + vertical.index[at_row + t] * call.x.row;
@@ -253,8 +253,7 @@ static void analyse(const Analysis& call, int64_t begin, int64_t end, void* memo
     }
 
     if (halves && line.taps == 2) {
-      const TwoTaps<S, A, kStream> sink{
-          {out, out + band, out + 2 * band, out + 3 * band}, {f[0], f[1]}, {g[0], g[1]}, 0, 0};
+      const TwoTaps<S, A, kStream> sink{{out[0], out[1], out[2], out[3]}, {f[0], f[1]}, {g[0], g[1]}, 0, 0};
       combine_any<2>(rows, row_low, row_high, entries, line.n, sink, ahead, lines_ahead);
       if (line.n % 2) {  // the last sample meets the border
         A edge[4] = {};
@@ -284,8 +283,8 @@ static void analyse(const Analysis& call, int64_t begin, int64_t end, void* memo
       for (int64_t b = 0; b < line.borders; ++b) e[border_to[b]] = 0;
       for (int64_t b = 0; b < line.borders; ++b) e[border_to[b]] += border[b] * e[border_from[b]];
     }
-    combine_any<2>(sources, wl, wh, terms, line.count, Store<2, S, A, kStream>{out, out + 2 * band});
-    combine_any<2>(sources + line.taps, wl, wh, terms, line.count, Store<2, S, A, kStream>{out + band, out + 3 * band});
+    combine_any<2>(sources, wl, wh, terms, line.count, Store<2, S, A, kStream>{out[0], out[2]});
+    combine_any<2>(sources + line.taps, wl, wh, terms, line.count, Store<2, S, A, kStream>{out[1], out[3]});
   }
 }
 

@@ -40,11 +40,12 @@ struct Plane {
   int64_t plane, row;  // strides in elements; within a row elements are adjacent
 };
 
-// x [N, H, W] -> y [N, 4, rows, line.count], dense.
+// x [N, H, W] -> four bands of [N, rows, line.count], rows of which are adjacent.
 struct Analysis {
   Element element;
   Plane x;
-  void* y;
+  void* y[4];
+  int64_t plane;  // between two planes of a band
   int64_t rows;
   Rows vertical;
   Line line;

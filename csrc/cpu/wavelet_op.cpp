@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <tuple>
 #include <vector>
 
 #include "cpu/tensor.h"
@@ -160,9 +161,17 @@ void run(const Call& call, int64_t planes, void (*rows)(const Call&, int64_t, in
   });
 }
 
-bool may_stream(const Tensor& result) {
-  return ResultMemory(result).past_caches() && result.size(result.dim() - 1) * result.element_size() % 128 == 0 &&
-         reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) % 64 == 0;
+// Of all `results` of a call.
+bool may_stream(const std::vector<Tensor>& results) {
+  int64_t bytes = 0;
+  for (const Tensor& x : results) bytes += x.numel() * static_cast<int64_t>(x.element_size());
+  bool stream = true;
+  for (const Tensor& x : results) {
+    stream &= ResultMemory(x, bytes).past_caches();
+    stream &= x.size(x.dim() - 1) * x.element_size() % 128 == 0;
+    stream &= reinterpret_cast<uintptr_t>(x.mutable_data_ptr()) % 64 == 0;
+  }
+  return stream;
 }
 
 Tensor with_adjacent_columns(const Tensor& x) {
@@ -176,8 +185,9 @@ void check_taps(const std::vector<double>& taps) {
                   taps.size(), " values");
 }
 
-Tensor wavelet_fwd(const Tensor& x, std::vector<double> taps_y, std::vector<double> taps_x, int64_t mode_y,
-                   int64_t mode_x, int64_t dilation) {
+// Four bands [N, H', W'], or one tensor [N, 4, H', W'] that holds them.
+std::vector<Tensor> analysis(const Tensor& x, const std::vector<double>& taps_y, const std::vector<double>& taps_x,
+                             int64_t mode_y, int64_t mode_x, int64_t dilation, bool stack) {
   STD_TORCH_CHECK(x.dim() == 3, "x: expected [N, H, W], got ", x.dim(), " dimensions");
   check_taps(taps_y);
   check_taps(taps_x);
@@ -187,13 +197,32 @@ Tensor wavelet_fwd(const Tensor& x, std::vector<double> taps_y, std::vector<doub
   const Vertical vertical(entries(taps_y, mode_y, x.size(1), dilation), false, rows, type);
   const Horizontal horizontal(taps_x, mode_x, x.size(2), dilation, type);
   const Line line = horizontal.line();
-  Tensor y = torch::stable::new_empty(x, {x.size(0), 4, rows, line.count});
+  std::vector<Tensor> y;
+  if (stack)
+    y.push_back(torch::stable::new_empty(x, {x.size(0), 4, rows, line.count}));
+  else
+    for (int b = 0; b < 4; ++b) y.push_back(torch::stable::new_empty(x, {x.size(0), rows, line.count}));
   const bool stream = may_stream(y) && (line.step == 1 || line.n == 2 * line.count);
-  const Analysis call{type, plane(source), y.mutable_data_ptr(), rows, vertical.rows(), line, stream};
+  Analysis call{type, plane(source), {}, (stack ? 4 : 1) * rows * line.count, rows, vertical.rows(), line, stream};
+  for (size_t b = 0; b < 4; ++b)
+    call.y[b] = stack ? static_cast<char*>(y[0].mutable_data_ptr()) + b * rows * line.count * x.element_size()
+                      : y[b].mutable_data_ptr();
   run<Analysis>(call, x.size(0), [](const Analysis& c, int64_t begin, int64_t end, void* scratch) {
     PSF_DISPATCH(wavelet_analysis, c, begin, end, scratch);
   });
   return y;
+}
+
+Tensor wavelet_fwd(const Tensor& x, std::vector<double> taps_y, std::vector<double> taps_x, int64_t mode_y,
+                   int64_t mode_x, int64_t dilation) {
+  return analysis(x, taps_y, taps_x, mode_y, mode_x, dilation, true)[0];
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> wavelet_bands_fwd(const Tensor& x, std::vector<double> taps_y,
+                                                             std::vector<double> taps_x, int64_t mode_y, int64_t mode_x,
+                                                             int64_t dilation) {
+  const std::vector<Tensor> y = analysis(x, taps_y, taps_x, mode_y, mode_x, dilation, false);
+  return {y[0], y[1], y[2], y[3]};
 }
 
 Tensor wavelet_bwd(const Tensor& a, const Tensor& h, const Tensor& v, const Tensor& d, std::vector<double> taps_y,
@@ -220,7 +249,7 @@ Tensor wavelet_bwd(const Tensor& a, const Tensor& h, const Tensor& v, const Tens
                        height,
                        vertical.rows(),
                        line,
-                       may_stream(x) && line.borders == 0};
+                       may_stream({x}) && line.borders == 0};
   run<Synthesis>(call, a.size(0), [](const Synthesis& c, int64_t begin, int64_t end, void* scratch) {
     PSF_DISPATCH(wavelet_synthesis, c, begin, end, scratch);
   });
@@ -231,6 +260,7 @@ Tensor wavelet_bwd(const Tensor& a, const Tensor& h, const Tensor& v, const Tens
 
 STABLE_TORCH_LIBRARY_IMPL(pansharp_fast, CPU, m) {
   m.impl("wavelet_fwd", TORCH_BOX(&wavelet_fwd));
+  m.impl("wavelet_bands_fwd", TORCH_BOX(&wavelet_bands_fwd));
   m.impl("wavelet_bwd", TORCH_BOX(&wavelet_bwd));
 }
 

@@ -10,6 +10,7 @@
 //
 // Bytes: every kernel reads its input once from memory (overlaps from the caches) and writes its output once.
 #include <algorithm>
+#include <tuple>
 
 #include "cuda/runtime.cuh"
 #include "math/wavelet.h"
@@ -171,9 +172,16 @@ __device__ inline void filter(int taps, const A* f, const A* g, Load load, A (&l
   }
 }
 
+// Where analysis writes to: rows of a band are adjacent.
+template <class T>
+struct Outputs {
+  T* band[4];
+  int64_t plane;  // between two planes of a band
+};
+
 template <class T, class A, int kTaps, int kStep>
 __global__ void __launch_bounds__(columns_of(kTaps), blocks_of(kTaps, sizeof(A), 3))
-    analysis_kernel(const T* x, T* y, const __grid_constant__ Shape s, const __grid_constant__ Taps<A> f) {
+    analysis_kernel(const T* x, Outputs<T> y, const __grid_constant__ Shape s, const __grid_constant__ Taps<A> f) {
   PSF_DYNAMIC_SHARED(A, lines);  // [kLine][columns][low, high], then the sources of rows and columns
   const int taps_y = kTaps > 0 ? kTaps : s.y.taps, taps_x = kTaps > 0 ? kTaps : s.x.taps;
   const int columns = s.columns, rows = kStep * (kLine - 1) + taps_y, thread = threadIdx.x;
@@ -231,7 +239,7 @@ __global__ void __launch_bounds__(columns_of(kTaps), blocks_of(kTaps, sizeof(A),
 
   // Eight rows a thread: there are two columns to a coefficient (or, stationary, two turns), so none is idle.
   constexpr int kRows = 8;
-  const int64_t width = s.x.count * dilation, band = s.y.count * dilation * width;
+  const int64_t width = s.x.count * dilation;
   for (int t = thread; t < kLine / kRows * s.x.tile; t += blockDim.x) {
     const int group = t >= s.x.tile, c = group ? t - s.x.tile : t;
     const int i = p.y0 + group * kRows, j = p.x0 + c;
@@ -248,12 +256,12 @@ __global__ void __launch_bounds__(columns_of(kTaps), blocks_of(kTaps, sizeof(A),
 #pragma unroll
           for (int b = 0; b < 4; ++b) sums[r][b] += f.x[b / 2][kStep * m + q] * line.value[2 * (kStep - 1 - q) + b % 2];
       }
-    T* out = y + 4 * band * p.plane + (int64_t{i} * dilation + p.phase_y) * width + j * dilation + p.phase_x;
+    int64_t at_y = y.plane * p.plane + (int64_t{i} * dilation + p.phase_y) * width + j * dilation + p.phase_x;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r, out += dilation * width)
+    for (int r = 0; r < kRows; ++r, at_y += dilation * width)
       if (i + r < s.y.count)
 #pragma unroll
-        for (int b = 0; b < 4; ++b) out[b * band] = static_cast<T>(sums[r][b]);
+        for (int b = 0; b < 4; ++b) y.band[b][at_y] = static_cast<T>(sums[r][b]);
   }
 }
 
@@ -455,7 +463,7 @@ __device__ inline Spot spot_of(const Rows& s) {
 
 template <class T, class A, int kSize>
 __global__ void __launch_bounds__(kThreads)
-    two_taps_analysis_kernel(const T* x, T* y, Rows s, const __grid_constant__ Taps<A> f) {
+    two_taps_analysis_kernel(const T* x, Outputs<T> y, Rows s, const __grid_constant__ Taps<A> f) {
   const Spot p = spot_of<kSize>(s);
   if (!p.inside) return;
   const T* source = x + p.plane * s.plane[0] + 2 * p.i * s.row[0] + 2 * p.j;
@@ -474,10 +482,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int b = 0; b < 4; ++b)
       out[b].value[q] = static_cast<T>(f.x[b / 2][0] * line[b % 2][1] + f.x[b / 2][1] * line[b % 2][0]);
   }
-  const int64_t band = int64_t{s.height.value} * s.width;
-  T* target = y + 4 * band * p.plane + int64_t{p.i} * s.width + p.j;
+  const int64_t target = y.plane * p.plane + int64_t{p.i} * s.width + p.j;
 #pragma unroll
-  for (int b = 0; b < 4; ++b) *reinterpret_cast<Pack<T, kSize>*>(target + b * band) = out[b];
+  for (int b = 0; b < 4; ++b) *reinterpret_cast<Pack<T, kSize>*>(y.band[b] + target) = out[b];
 }
 
 template <class T, class A, int kSize>
@@ -508,7 +515,7 @@ __global__ void __launch_bounds__(kThreads)
 // itself and the next one, or (kOffset = kSize) in a pack of their own.
 template <class T, class A, int kSize, int kOffset>
 __global__ void __launch_bounds__(kThreads)
-    stationary_analysis_kernel(const T* x, T* y, Rows s, const __grid_constant__ Taps<A> f) {
+    stationary_analysis_kernel(const T* x, Outputs<T> y, Rows s, const __grid_constant__ Taps<A> f) {
   const Spot p = spot_of<kSize>(s);
   if (!p.inside) return;
   const int height = s.height.value, row = p.i + s.shift_y, column = p.j + s.shift_x;
@@ -525,15 +532,14 @@ __global__ void __launch_bounds__(kThreads)
       for (int g = 0; g < 2; ++g)
         line[g][c * kSize + q] = f.y[g][0] * static_cast<A>(b.value[q]) + f.y[g][1] * static_cast<A>(a.value[q]);
   }
-  const int64_t band = int64_t{height} * s.width;
-  T* target = y + 4 * band * p.plane + int64_t{p.i} * s.width + p.j;
+  const int64_t target = y.plane * p.plane + int64_t{p.i} * s.width + p.j;
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
     Pack<T, kSize> out;
 #pragma unroll
     for (int q = 0; q < kSize; ++q)
       out.value[q] = static_cast<T>(f.x[b / 2][0] * line[b % 2][q + kOffset] + f.x[b / 2][1] * line[b % 2][q]);
-    *reinterpret_cast<Pack<T, kSize>*>(target + b * band) = out;
+    *reinterpret_cast<Pack<T, kSize>*>(y.band[b] + target) = out;
   }
 }
 
@@ -724,7 +730,7 @@ void with_taps(const Axis& y, const Axis& x, Use use) {
 // Launches a kernel for two taps on [rows, count] coefficients a plane, in packs of `size`.
 template <class Kernel, class In, class Out, class Filters>
 void launch_rows(const psf::Launch& launch, Kernel kernel, int64_t shift_y, int64_t shift_x, int64_t size,
-                 const std::vector<Tensor>& sources, int64_t rows, int64_t count, const In& in, Out* out,
+                 const std::vector<Tensor>& sources, int64_t rows, int64_t count, const In& in, const Out& out,
                  const Filters& f) {
   const int64_t all = sources[0].size(0) * rows, packs = count / size, parts = divide_up(packs, kThreads);
   STD_TORCH_CHECK(all < (int64_t{1} << 31) - kThreads, "x: expected fewer than 2^31 rows, got ", all);
@@ -757,20 +763,27 @@ void with_packs(const std::vector<Tensor>& sources, int64_t dilation, int64_t wi
   use.template operator()<1, 1>(shift);
 }
 
-Tensor wavelet_fwd(const Tensor& x, std::vector<double> taps_y, std::vector<double> taps_x, int64_t mode_y,
-                   int64_t mode_x, int64_t dilation) {
+// Four bands [N, H', W'], or one tensor [N, 4, H', W'] that holds them.
+std::vector<Tensor> analysis(const Tensor& x, const std::vector<double>& taps_y, const std::vector<double>& taps_x,
+                             int64_t mode_y, int64_t mode_x, int64_t dilation, bool stack) {
   STD_TORCH_CHECK(x.dim() == 3, "x: expected [N, H, W], got ", x.dim(), " dimensions");
   const int64_t planes = x.size(0), height = x.size(1), width = x.size(2);
   const Axis ay = axis_of(taps_y, mode_y, height, dilation), ax = axis_of(taps_x, mode_x, width, dilation);
   const std::vector<Tensor> source{with_adjacent_columns(x)};
   const int64_t rows = ay.count * dilation, count = ax.count * dilation;
-  Tensor y = torch::stable::new_empty(x, {planes, 4, rows, count});
-  if (y.numel() == 0) return y;
+  std::vector<Tensor> y;
+  if (stack)
+    y.push_back(torch::stable::new_empty(x, {planes, 4, rows, count}));
+  else
+    for (int b = 0; b < 4; ++b) y.push_back(torch::stable::new_empty(x, {planes, rows, count}));
+  if (y[0].numel() == 0) return y;
   psf::Launch launch(x);
   const bool two = ay.taps == 2 && ax.taps == 2;
   with_types(x.scalar_type(), [&]<class T, class A>() {
     const T* in = static_cast<const T*>(source[0].const_data_ptr());
-    T* out = static_cast<T*>(y.mutable_data_ptr());
+    Outputs<T> out{{}, (stack ? 4 : 1) * rows * count};
+    for (int b = 0; b < 4; ++b)
+      out.band[b] = static_cast<T*>(y[stack ? 0 : b].mutable_data_ptr()) + (stack ? b * rows * count : 0);
     if (two && ay.step == 1 && ax.step == 1)
       return with_packs<T>(source, dilation, width, [&]<int kSize, int kOffset>(int64_t shift) {
         launch_rows(launch, stationary_analysis_kernel<T, A, kSize, kOffset>, dilation % height, shift, kSize, source,
@@ -791,6 +804,18 @@ Tensor wavelet_fwd(const Tensor& x, std::vector<double> taps_y, std::vector<doub
     });
   });
   return y;
+}
+
+Tensor wavelet_fwd(const Tensor& x, std::vector<double> taps_y, std::vector<double> taps_x, int64_t mode_y,
+                   int64_t mode_x, int64_t dilation) {
+  return analysis(x, taps_y, taps_x, mode_y, mode_x, dilation, true)[0];
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> wavelet_bands_fwd(const Tensor& x, std::vector<double> taps_y,
+                                                             std::vector<double> taps_x, int64_t mode_y, int64_t mode_x,
+                                                             int64_t dilation) {
+  const std::vector<Tensor> y = analysis(x, taps_y, taps_x, mode_y, mode_x, dilation, false);
+  return {y[0], y[1], y[2], y[3]};
 }
 
 Tensor wavelet_bwd(const Tensor& a, const Tensor& h, const Tensor& v, const Tensor& d, std::vector<double> taps_y,
@@ -839,5 +864,6 @@ Tensor wavelet_bwd(const Tensor& a, const Tensor& h, const Tensor& v, const Tens
 
 PSF_CUDA_LIBRARY(m) {
   m.impl("wavelet_fwd", TORCH_BOX(&wavelet_fwd));
+  m.impl("wavelet_bands_fwd", TORCH_BOX(&wavelet_bands_fwd));
   m.impl("wavelet_bwd", TORCH_BOX(&wavelet_bwd));
 }

@@ -2,7 +2,8 @@
 
 All six public functions are made of two operator halves, `wavelet_fwd` (one level of analysis) and `wavelet_bwd` (its
 exact transpose, which with the time-reversed reconstruction filters is the inverse transform). Each is the other's
-gradient, so derivatives of any order stay on the same kernels.
+gradient, so derivatives of any order stay on the same kernels. `wavelet_bands_fwd` is `wavelet_fwd` with the bands in
+tensors of their own: each lives as long as it is used, and gradients of the bands need not be joined.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ def _fwd_fake(x, taps_y, taps_x, mode_y, mode_x, dilation):  # type: ignore[no-u
     return x.new_empty(x.shape[0], 4, height, width)
 
 
+def _bands_fwd_fake(*args):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(band, memory_format=torch.contiguous_format) for band in _fwd_fake(*args).unbind(1))
+
+
 def _bwd_fake(a, h, v, d, taps_y, taps_x, mode_y, mode_x, dilation, height, width):  # type: ignore[no-untyped-def]
     return a.new_empty(a.shape[0], height, width)
 
@@ -60,13 +65,17 @@ class Level(NamedTuple):
         return {"mode": self.modes, "taps": longest, "dilation": self.dilation}
 
 
-def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.level = Level(*inputs[1:])
     ctx.size = inputs[0].shape[1:]
 
 
 def _fwd_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    return _library.call("wavelet_bwd", ctx.backend, *grad.unbind(1), *ctx.level, *ctx.size), *[None] * 5
+    return _bands_fwd_backward(ctx, *grad.unbind(1))
+
+
+def _bands_fwd_backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+    return _library.call("wavelet_bwd", ctx.backend, *grads, *ctx.level, *ctx.size), *[None] * 5
 
 
 def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -74,7 +83,7 @@ def _bwd_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _bwd_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    return *_library.call("wavelet_fwd", ctx.backend, grad, *ctx.level).unbind(1), *[None] * 7
+    return *_library.call("wavelet_bands_fwd", ctx.backend, grad, *ctx.level), *[None] * 7
 
 
 _FILTERS = "float[] taps_y, float[] taps_x, int mode_y, int mode_x, int dilation"
@@ -85,6 +94,14 @@ _library.define(
     triton_module="wavelet",
     setup_context=_fwd_setup,
     backward=_fwd_backward,
+)
+_library.define(
+    "wavelet_bands_fwd",
+    f"(Tensor x, {_FILTERS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_bands_fwd_fake,
+    triton_module="wavelet",
+    setup_context=_fwd_setup,
+    backward=_bands_fwd_backward,
 )
 _library.define(
     "wavelet_bwd",
@@ -104,6 +121,7 @@ def _selfcheck(backend: str, device: torch.device) -> None:
         level = Level(taps, taps, MODES.index(mode), MODES.index(mode), dilation)
         y = _analysis(x, level, "reference")
         torch.testing.assert_close(_analysis(x, level, backend), y)
+        torch.testing.assert_close(torch.stack(_bands_of(x, level, backend), 1), y)
         back = _synthesis(y.unbind(1), level, x.shape[1:], "reference")
         torch.testing.assert_close(_synthesis(y.unbind(1), level, x.shape[1:], backend), back)
 
@@ -149,6 +167,21 @@ def _analysis(x: torch.Tensor, level: Level, backend: str | None = None) -> torc
     if chosen == "reference":
         return reference.analysis(x, level.taps_y, level.taps_x, *level.modes, level.dilation)
     return _library.call("wavelet_fwd", chosen, x, *level)
+
+
+def _band_bytes(x: torch.Tensor, level: Level) -> int:
+    height = _output_size(x.shape[1], level.taps_y, level.mode_y, level.dilation)
+    width = _output_size(x.shape[2], level.taps_x, level.mode_x, level.dilation)
+    return x.shape[0] * height * width * x.element_size()
+
+
+def _bands_of(x: torch.Tensor, level: Level, backend: str | None = None) -> tuple[torch.Tensor, ...]:
+    """`_analysis` with a tensor [N, H', W'] for each band; from 32 MiB a band on, those share memory on the CPU."""
+    chosen = select(OPERATOR, [x], backend, **level.options)
+    # glibc maps blocks of 32 MiB and more anew at every call; the system clears one such block faster than four.
+    if chosen == "reference" or (chosen == "cpu" and _band_bytes(x, level) >= 32 << 20):
+        return _analysis(x, level, chosen).unbind(1)
+    return tuple(_library.call("wavelet_bands_fwd", chosen, x, *level))
 
 
 def _synthesis(
@@ -300,11 +333,16 @@ def _check_size(x: torch.Tensor, modes: tuple[str, str]) -> None:
 # ---- Discrete wavelet transform --------------------------------------------------------------------------------------
 
 
-def _dwt(x: torch.Tensor, level: Level, backend: str | None) -> torch.Tensor:
-    """[..., H, W] -> [..., 4, H', W']."""
+def _one_level(x: torch.Tensor, level: Level, stack: bool, backend: str | None) -> tuple[torch.Tensor, Any]:
+    """One level of [..., H, W]: what is decomposed next [..., H', W'], and all bands [..., 4, H', W'] or the tuple."""
     _check_size(x, level.modes)
-    y = _analysis(_planes(x), level, backend)
-    return y.view(*x.shape[:-2], *y.shape[1:])
+    leading = x.shape[:-2]
+    if stack:
+        y = _analysis(_planes(x), level, backend)
+        y = y.view(*leading, *y.shape[1:])
+        return y.select(-3, 0), y
+    bands = [band.view(*leading, *band.shape[1:]) for band in _bands_of(_planes(x), level, backend)]
+    return bands[0], bands
 
 
 def dwt2(
@@ -336,10 +374,10 @@ def dwt2(
     """
     _check_tensor("data", data)
     at = _both_axes(axes, data.ndim, stack)
-    y = _dwt(_to_last(data, at), Level(*_both_filters(wavelet, "dec"), *_both_modes(mode)), backend)
+    _, y = _one_level(_to_last(data, at), Level(*_both_filters(wavelet, "dec"), *_both_modes(mode)), stack, backend)
     if stack:
         return y
-    a, h, v, d = (_from_last(band, at) for band in y.unbind(-3))
+    a, h, v, d = (_from_last(band, at) for band in y)
     return a, (h, v, d)
 
 
@@ -437,14 +475,8 @@ def wavedec2(
         warnings.warn(f"level: {level} is more than {most}: borders reach all coefficients", stacklevel=2)
     found: list[Any] = []
     for _ in range(level):
-        y = _dwt(approximation, one, backend)
-        if stack:
-            approximation, details = y.split([1, 3], dim=-3)
-            approximation = approximation.squeeze(-3)
-            found.append(details)
-        else:
-            approximation, *bands = y.unbind(-3)
-            found.append(tuple(_from_last(band, at) for band in bands))
+        approximation, y = _one_level(approximation, one, stack, backend)
+        found.append(y.narrow(-3, 1, 3) if stack else tuple(_from_last(band, at) for band in y[1:]))
     return [_from_last(approximation, at), *found[::-1]]
 
 
@@ -536,15 +568,11 @@ def swt2(
         )
     found: list[Any] = []
     for step in range(start_level, start_level + level):
-        y = _analysis(_planes(approximation), Level(*taps, *_STATIONARY, 2**step), backend)
-        y = y.view(*approximation.shape[:-2], *y.shape[1:])
+        approximation, y = _one_level(approximation, Level(*taps, *_STATIONARY, 2**step), stack, backend)
         if stack:
-            first, details = y.split([1, 3], dim=-3)
-            approximation = first.squeeze(-3)
-            found.append(details if trim_approx else y)
+            found.append(y.narrow(-3, 1, 3) if trim_approx else y)
         else:
-            approximation, *bands = y.unbind(-3)
-            level_details = tuple(_from_last(band, at) for band in bands)
+            level_details = tuple(_from_last(band, at) for band in y[1:])
             found.append(level_details if trim_approx else (_from_last(approximation, at), level_details))
     found.reverse()
     return [_from_last(approximation, at), *found] if trim_approx else found

@@ -19,7 +19,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from pansharp_fast.nn import DWT2d, IDWT2d, ISWT2d, SWT2d
 from pansharp_fast.ops import BackendError, dwt2, explain, idwt2, iswt2, swt2, wavedec2, waverec2
 from pansharp_fast.ops._backends import reasons
-from pansharp_fast.ops.wavelet import MODES, OPERATOR, Level, _analysis, _filters, _synthesis
+from pansharp_fast.ops.wavelet import MODES, OPERATOR, Level, _analysis, _bands_of, _filters, _synthesis
 
 pywt = pytest.importorskip("pywt")
 ALL_MODES = MODES[:-1]
@@ -500,8 +500,38 @@ def test_on_gpu(backend: str, wavelet: str, mode: str, dtype: torch.dtype) -> No
         bands = [band.to(dtype) for band in exact.unbind(1)]
         exact = _synthesis([band.double() for band in bands], one, shape[1:], "reference")
         plain = _error(_synthesis(bands, one, shape[1:], "reference").double(), exact)
+        assert torch.equal(torch.stack(_bands_of(x.cuda(), one, backend), 1), _analysis(x.cuda(), one, backend))
         ours = _synthesis([band.cuda() for band in bands], one, shape[1:], backend)
         assert _error(ours.cpu().double(), exact) <= max(2 * plain, floor)
+
+
+# ---- Bands in memory of their own ------------------------------------------------------------------------------------
+
+
+WITH_TRITON = [*BACKENDS, pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("mode", ["symmetric", "stationary"])
+@pytest.mark.parametrize("wavelet", ["haar", "db3"])
+def test_bands_are_those_of_the_stacked_result(backend: str, mode: str, wavelet: str) -> None:
+    one = level(wavelet, mode)
+    for shape in ((2, 12, 34), (1, 2, 2), (0, 4, 6)):
+        x = random(*shape)
+        bands = _bands_of(x, one, backend)
+        assert torch.equal(torch.stack(bands, 1), _analysis(x, one, backend))
+        if backend != "reference":
+            assert all(band.untyped_storage().nbytes() == band.numel() * band.element_size() for band in bands)
+
+
+@pytest.mark.parametrize("backend", WITH_TRITON)
+def test_gradient_of_some_of_the_bands(backend: str) -> None:
+    x = random(2, 9, 14, dtype=torch.float64).requires_grad_()
+    a, (_, v, _) = dwt2(x, "db2", "symmetric", backend=backend)
+    (own,) = torch.autograd.grad((a.sin() + 3 * v).sum(), x)
+    y = dwt2(x, "db2", "symmetric", stack=True, backend="reference")
+    (expected,) = torch.autograd.grad((y[:, 0].sin() + 3 * y[:, 2]).sum(), x)
+    torch.testing.assert_close(own, expected)
 
 
 # ---- torch.library and torch.compile ---------------------------------------------------------------------------------
@@ -515,7 +545,8 @@ def test_opcheck(backend: str, mode: str) -> None:
     suffix = "_triton" if backend == "triton" else ""
     one = level("db2", mode)
     x = random(2, 6, 8).requires_grad_()
-    torch.library.opcheck(getattr(torch.ops.pansharp_fast, f"wavelet_fwd{suffix}").default, (x, *one))
+    for name in ("wavelet_fwd", "wavelet_bands_fwd"):
+        torch.library.opcheck(getattr(torch.ops.pansharp_fast, f"{name}{suffix}").default, (x, *one))
     bands = [b.detach().clone().requires_grad_() for b in _analysis(x, one, backend).unbind(1)]
     torch.library.opcheck(getattr(torch.ops.pansharp_fast, f"wavelet_bwd{suffix}").default, (*bands, *one, 6, 8))
 

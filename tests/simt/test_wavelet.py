@@ -7,7 +7,7 @@ from pansharp_fast.ops.wavelet import MODES, Level, _analysis, _filters, _synthe
 from tests import simt
 
 SOURCE = "csrc/cuda/wavelet.cu"
-NAMES = ("wavelet_fwd", "wavelet_bwd")
+NAMES = ("wavelet_fwd", "wavelet_bands_fwd", "wavelet_bwd")
 ORDERS = ("forward", "reverse", "shuffle")
 
 
@@ -27,6 +27,8 @@ def agrees(ops, one, shape, dtype=torch.float64, bound=1e-10):
     actual = ops.wavelet_fwd(x, *one)
     assert actual.dtype == dtype
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=bound * float(expected.abs().max()))
+    for band, own in zip(actual.unbind(1), ops.wavelet_bands_fwd(x, *one), strict=True):
+        assert torch.equal(own, band)
     bands = expected.to(dtype).unbind(1)
     expected = _synthesis([b.double() for b in bands], one, shape[1:], "reference")
     actual = ops.wavelet_bwd(*bands, *one, *shape[1:])
@@ -104,6 +106,7 @@ def test_strides_and_empty_batch(ops, wavelet, mode):
             back = _synthesis(bands, one, x.shape[1:], "reference")
             torch.testing.assert_close(ops.wavelet_bwd(*bands, *one, *x.shape[1:]), back)
     assert ops.wavelet_fwd(base[:0], *one).shape[0] == 0
+    assert [band.shape[0] for band in ops.wavelet_bands_fwd(base[:0], *one)] == [0] * 4
 
 
 @pytest.mark.parametrize("order", ORDERS)
