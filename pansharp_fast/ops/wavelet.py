@@ -31,14 +31,19 @@ def _output_size(n: int, taps: Sequence[float], mode: int, dilation: int) -> int
     return reference.geometry(n, len(taps) // 2, MODES[mode], dilation)[2]
 
 
-def _fwd_fake(x, taps_y, taps_x, mode_y, mode_x, dilation):  # type: ignore[no-untyped-def]
+def _band_shape(x, taps_y, taps_x, mode_y, mode_x, dilation):  # type: ignore[no-untyped-def]
     height = _output_size(x.shape[1], taps_y, mode_y, dilation)
     width = _output_size(x.shape[2], taps_x, mode_x, dilation)
-    return x.new_empty(x.shape[0], 4, height, width)
+    return x.shape[0], height, width
 
 
-def _bands_fwd_fake(*args):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(band, memory_format=torch.contiguous_format) for band in _fwd_fake(*args).unbind(1))
+def _fwd_fake(x, *level):  # type: ignore[no-untyped-def]
+    planes, height, width = _band_shape(x, *level)
+    return x.new_empty(planes, 4, height, width)
+
+
+def _bands_fwd_fake(x, *level):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(_band_shape(x, *level)) for _ in range(4))
 
 
 def _bwd_fake(a, h, v, d, taps_y, taps_x, mode_y, mode_x, dilation, height, width):  # type: ignore[no-untyped-def]
@@ -169,17 +174,11 @@ def _analysis(x: torch.Tensor, level: Level, backend: str | None = None) -> torc
     return _library.call("wavelet_fwd", chosen, x, *level)
 
 
-def _band_bytes(x: torch.Tensor, level: Level) -> int:
-    height = _output_size(x.shape[1], level.taps_y, level.mode_y, level.dilation)
-    width = _output_size(x.shape[2], level.taps_x, level.mode_x, level.dilation)
-    return x.shape[0] * height * width * x.element_size()
-
-
 def _bands_of(x: torch.Tensor, level: Level, backend: str | None = None) -> tuple[torch.Tensor, ...]:
     """`_analysis` with a tensor [N, H', W'] for each band; from 32 MiB a band on, those share memory on the CPU."""
     chosen = select(OPERATOR, [x], backend, **level.options)
     # glibc maps blocks of 32 MiB and more anew at every call; the system clears one such block faster than four.
-    if chosen == "reference" or (chosen == "cpu" and _band_bytes(x, level) >= 32 << 20):
+    if chosen == "reference" or (chosen == "cpu" and math.prod(_band_shape(x, *level)) * x.element_size() >= 32 << 20):
         return _analysis(x, level, chosen).unbind(1)
     return tuple(_library.call("wavelet_bands_fwd", chosen, x, *level))
 

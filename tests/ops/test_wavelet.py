@@ -524,6 +524,15 @@ def test_bands_are_those_of_the_stacked_result(backend: str, mode: str, wavelet:
             assert all(band.untyped_storage().nbytes() == band.numel() * band.element_size() for band in bands)
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the compiled CPU kernels")
+def test_big_bands_on_the_cpu_share_memory() -> None:
+    x, one = random(1, 2048, 4096, dtype=torch.float32), level("haar", "stationary")
+    bands = _bands_of(x, one, "cpu")
+    assert len({band.untyped_storage().data_ptr() for band in bands}) == 1
+    for band, own in zip(bands, torch.ops.pansharp_fast.wavelet_bands_fwd(x, *one), strict=True):
+        assert torch.equal(band, own)
+
+
 @pytest.mark.parametrize("backend", WITH_TRITON)
 def test_gradient_of_some_of_the_bands(backend: str) -> None:
     x = random(2, 9, 14, dtype=torch.float64).requires_grad_()
