@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import rasterio
 import torch
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
-from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.enums import MaskFlags, Resampling
 from rasterio.fill import fillnodata
 from rasterio.io import DatasetReader
 from rasterio.vrt import WarpedVRT
@@ -25,7 +22,8 @@ from rasterio.warp import transform as reproject
 from rasterio.windows import Window
 from torch import Tensor
 
-from ..models.pancrafter import RATIO
+from ..data.grid import RATIO
+from ..data.rasters import alpha_bands, image_bands, open_raster, reading
 from .tiles import Span
 
 #: Grids whose MS pixels lie within this many PAN pixels of their ideal place count as aligned.
@@ -34,44 +32,6 @@ ALIGNED = 0.25
 RATIO_TOLERANCE = 0.05
 #: Pixels (PAN, and MS) up to which nodata is filled from its surroundings before the network sees it; beyond, the mean.
 FILL_DISTANCE = 64
-
-
-@contextlib.contextmanager
-def reading(name: str, path: str) -> Iterator[None]:
-    """Turns a failure to read raster `name` into one line.
-
-    Raises:
-        OSError: the block raised an error of rasterio's.
-    """
-    try:
-        yield
-    except RasterioError as error:
-        cause = error.__cause__ or error
-        raise OSError(f"{name}: expected a readable raster, got {path} ({cause})") from error
-
-
-def open_raster(name: str, path: str | os.PathLike[str]) -> DatasetReader:
-    """Open a raster by path or any other name that GDAL takes; `name` is what messages call it.
-
-    Raises:
-        OSError: there is none, or it cannot be read.
-        ValueError: its values are complex.
-    """
-    with reading(name, str(path)), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        dataset = rasterio.open(path)
-    if any(np.dtype(dtype).kind not in "iuf" for dtype in dataset.dtypes):
-        raise ValueError(f"{name}: expected integers or real numbers, got {dataset.dtypes[0]} in {path}")
-    return dataset
-
-
-def image_bands(dataset: DatasetReader) -> list[int]:
-    """Indexes (from 1) of the bands that are not alpha."""
-    return [i for i in dataset.indexes if i not in _alpha_bands(dataset)]
-
-
-def _alpha_bands(dataset: DatasetReader) -> list[int]:
-    return [i for i, colour in zip(dataset.indexes, dataset.colorinterp, strict=True) if colour == ColorInterp.alpha]
 
 
 @dataclass
@@ -93,7 +53,7 @@ class _Raster:
     @property
     def declares_nodata(self) -> bool:
         flags = [self.dataset.mask_flag_enums[i - 1] for i in self.indexes]
-        return bool(_alpha_bands(self.dataset)) or any(MaskFlags.all_valid not in flag for flag in flags)
+        return bool(alpha_bands(self.dataset)) or any(MaskFlags.all_valid not in flag for flag in flags)
 
     def read(self, top: int, left: int, height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Values [C, height, width] and validity [height, width]; outside the dataset its border, not valid."""
@@ -105,7 +65,7 @@ class _Raster:
             raw = self.dataset.read(self.indexes, window=window)
             if self.declares_nodata:
                 valid = (self.dataset.read_masks(self.indexes, window=window) != 0).all(0)
-                for alpha in _alpha_bands(self.dataset):  # GDAL's masks know alpha with one or three bands only
+                for alpha in alpha_bands(self.dataset):  # GDAL's masks know alpha with one or three bands only
                     valid &= self.dataset.read(alpha, window=window) != 0
             else:
                 valid = np.ones(raw.shape[1:], np.bool_)
@@ -257,7 +217,7 @@ class Scene:
                 resampling=Resampling.cubic,
                 src_nodata=source_nodata,
                 nodata=source_nodata,
-                add_alpha=source_nodata is None and not _alpha_bands(ms),
+                add_alpha=source_nodata is None and not alpha_bands(ms),
             )
         )
         return raster
