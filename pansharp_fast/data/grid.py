@@ -67,7 +67,7 @@ def fit_ratio(pan: Sequence[int], ms: Sequence[int]) -> tuple[float, float]:
     return quotients
 
 
-def check_pair(pan: Any, ms: Any, *, bands: int | None = None, ratio: int | None = RATIO, name: str = "ms") -> None:
+def check_pair(pan: Any, ms: Any, bands: int | None = None, *, ratio: int | None = RATIO, name: str = "ms") -> None:
     """Raise ValueError unless two tensors or arrays can be PAN and MS of one batch.
 
     Args:
@@ -88,7 +88,9 @@ def check_pair(pan: Any, ms: Any, *, bands: int | None = None, ratio: int | None
         raise ValueError(f"{name}: expected at least one pixel, got {ms.shape[2]}x{ms.shape[3]}")
     if ratio is not None and list(pan.shape[2:]) != [ratio * length for length in ms.shape[2:]]:
         expected = [ratio * length for length in ms.shape[2:]]
+        times = "the" if ratio == 1 else f"{ratio} times the"
+        only = "" if ratio == 1 else f" (ratio {ratio} is the only one supported)"
         raise ValueError(
-            f"pan: expected {ratio} times the size of {name} (ratio {ratio} is the only one supported), "
-            f"{expected[0]}x{expected[1]}, got {pan.shape[2]}x{pan.shape[3]}"
+            f"pan: expected {times} size of {name}{only}, {expected[0]}x{expected[1]}, "
+            f"got {pan.shape[2]}x{pan.shape[3]}"
         )

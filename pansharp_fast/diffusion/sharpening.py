@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.pancrafter import RATIO, check_pair
+from ..data.grid import RATIO, check_pair
 from .noise import scene_noise
 from .sampling import SAMPLERS, sample
 from .schedule import Schedule

@@ -13,7 +13,7 @@ import h5py
 import torch
 
 from ..data import Sensor, degrade, shift
-from ..models.pancrafter import RATIO
+from ..data.grid import RATIO
 
 PROTOCOLS = ("reduced", "full")
 

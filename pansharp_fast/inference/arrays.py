@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.pancrafter import RATIO, check_pair
+from ..data.grid import RATIO, check_pair
 from .tiles import Span, blend, plan
 
 if TYPE_CHECKING:

@@ -30,15 +30,6 @@ class Condition:
         return replace(self, **{name: function(value) for name, value in tensors.items() if value is not None})
 
 
-def check_pair(lms: Tensor, pan: Tensor, bands: int) -> None:
-    """Raise ValueError unless lms is [B, bands, H, W] and pan [B, 1, H, W]."""
-    if lms.ndim != 4 or lms.shape[1] != bands:
-        raise ValueError(f"lms: expected [B, {bands}, H, W], got {list(lms.shape)}")
-    expected = [lms.shape[0], 1, *lms.shape[2:]]
-    if list(pan.shape) != expected:
-        raise ValueError(f"pan: expected {expected}, got {list(pan.shape)}")
-
-
 def highpass(pan: Tensor) -> Tensor:
     """PAN [B, 1, H, W] minus its 5x5 box mean, borders mirrored without repeating the edge (the public release)."""
     return pan - F.avg_pool2d(F.pad(pan, (2, 2, 2, 2), mode="reflect"), 5, stride=1)

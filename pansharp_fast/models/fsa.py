@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data.grid import check_pair
 from ..nn import Conv3x3, FrequencyAttention, WaveletAttention
 from ..nn.convolution import norm_silu_conv
 from ..nn.fused import fused
-from .condition import Condition, check_pair, highpass, wavelet_condition
+from .condition import Condition, highpass, wavelet_condition
 from .prior import PriorConfig, PriorNet
 
 #: Length of the vector that the teacher extracts from the prior network's results.
@@ -367,7 +368,7 @@ class _FSA(nn.Module):
         return F.pad(x, amounts, mode="replicate") if any(amounts) else x
 
     def _check(self, cond: Condition) -> None:
-        check_pair(cond.lms, cond.pan, self.config.bands)
+        check_pair(cond.pan, cond.lms, self.config.bands, ratio=1, name="lms")
 
     def prepare(self, cond: Condition, *, keep: bool = True) -> Prepared:
         """Compute once what every step of a sampling run needs from the condition.
@@ -457,7 +458,7 @@ class FSAStudent(_FSA):
 
     def condition(self, lms: Tensor, pan: Tensor) -> Condition:
         """The network's condition from lms [B, C, H, W] and PAN [B, 1, H, W], both divided by the peak."""
-        check_pair(lms, pan, self.config.bands)
+        check_pair(pan, lms, self.config.bands, ratio=1, name="lms")
         return Condition(lms, highpass(pan) if self.config.highpass_pan else pan)
 
     def _head(self, y: Tensor, features: tuple[Tensor, ...] | None) -> Prediction:
@@ -487,7 +488,7 @@ class FSATeacher(_FSA):
         """
         if self.prior is None:
             raise ValueError("config.prior: expected the prior network's configuration, got None")
-        check_pair(lms, pan, self.config.bands)
+        check_pair(pan, lms, self.config.bands, ratio=1, name="lms")
         wavelets = wavelet_condition(lms, pan)
         if self.config.highpass_pan:
             pan = highpass(pan)

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.grid import RATIO, check_pair
 from ..nn.cm3a import ATTENTION_KEYS, CM3A, NEIGHBOURS
 from ..nn.convolution import Conv3x3, LayerNorm, mlp, norm_silu_conv
 
-#: PAN pixels per MS pixel, in each direction.
-RATIO = 4
 #: Values of `mode`: which image the network reconstructs.
 PAN_MODE, MS_MODE = 0, 1
 
@@ -385,23 +384,3 @@ class PANCrafter(nn.Module):
         residual = self(padded_pan.to(dtype), low_pan(padded_pan).to(dtype), padded_ms.to(dtype), mode)
         out = resize(padded_ms, RATIO) + residual.float()
         return (out[:, :, :h, :w] + 1) * (peak / 2)
-
-
-def check_pair(pan: Tensor, ms: Tensor, bands: int) -> None:
-    """Raise ValueError unless pan is [B, 1, 4h, 4w] and ms is [B, bands, h, w]."""
-    if pan.dim() != 4 or pan.shape[1] != 1:
-        raise ValueError(f"pan: expected shape [B, 1, H, W], got {list(pan.shape)}")
-    if ms.dim() != 4:
-        raise ValueError(f"ms: expected shape [B, {bands}, h, w], got {list(ms.shape)}")
-    if ms.shape[1] != bands:
-        raise ValueError(f"ms: expected {bands} bands, got {ms.shape[1]}")
-    if pan.shape[0] != ms.shape[0]:
-        raise ValueError(f"ms: expected a batch of {pan.shape[0]} as in pan, got {ms.shape[0]}")
-    if ms.shape[2] == 0 or ms.shape[3] == 0:
-        raise ValueError(f"ms: expected at least one pixel, got {ms.shape[2]}x{ms.shape[3]}")
-    expected = [RATIO * ms.shape[2], RATIO * ms.shape[3]]
-    if list(pan.shape[2:]) != expected:
-        raise ValueError(
-            f"pan: expected {RATIO} times the size of ms (ratio {RATIO} is the only one supported), "
-            f"{expected[0]}x{expected[1]}, got {pan.shape[2]}x{pan.shape[3]}"
-        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .condition import check_pair
+from ..data.grid import check_pair
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class PriorNet(nn.Module):
         Raises:
             ValueError: band counts or sizes disagree.
         """
-        check_pair(lms, pan, self.config.bands)
+        check_pair(pan, lms, self.config.bands, ratio=1, name="lms")
         h = F.relu(self.conv1(torch.cat([lms, pan], 1)), inplace=True)
         for number in range(self.config.blocks):
             h = self.get_submodule(f"res{number + 1}")(h)

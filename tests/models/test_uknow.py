@@ -244,8 +244,8 @@ def test_bad_input():
     x, time = torch.zeros_like(lms), torch.tensor([1])
     condition = teacher.condition(lms, pan)
     cases = [
-        (x, time, dataclasses.replace(condition, lms=lms[:, :3]), r"lms: expected \[B, 4, H, W\]"),
-        (x, time, dataclasses.replace(condition, pan=pan[..., :4]), r"pan: expected \[1, 1, 8, 8\]"),
+        (x, time, dataclasses.replace(condition, lms=lms[:, :3]), "lms: expected 4 bands, got 3"),
+        (x, time, dataclasses.replace(condition, pan=pan[..., :4]), "pan: expected the size of lms, 8x8, got 8x4"),
         (x, time, dataclasses.replace(condition, wavelets=None), r"wavelets: expected \[1, 7, 8, 8\], got None"),
         (x, time, dataclasses.replace(condition, pre_out=lms[..., 1:]), r"pre_out: expected \[1, 4, 8, 8\]"),
         (x[..., 1:], time, condition, r"x: expected \[1, 4, 8, 8\]"),
