@@ -12,11 +12,13 @@ import functools
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from . import __version__
+from . import options as allowed
 
 try:
     import click
@@ -45,6 +47,7 @@ class ErrorBoundary(click.Group):
     """A group whose commands fail in one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        usual, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"Warning: {message}\n"
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
@@ -56,6 +59,8 @@ class ErrorBoundary(click.Group):
             if ctx.params["debug"] or not isinstance(error, _failures()):
                 raise
             raise click.ClickException(" ".join(str(error).split()) or type(error).__name__) from error
+        finally:
+            warnings.formatwarning = usual
 
 
 @click.group(cls=ErrorBoundary, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -90,6 +95,23 @@ def _bands(_ctx: click.Context, _param: click.Parameter, value: str | None) -> l
         raise click.BadParameter(f"expected numbers such as 2,3,5,7, got {value!r}") from None
 
 
+def _precision(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    try:
+        return allowed.precision(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error).partition(": ")[2]) from None
+
+
+_precision_option = click.option(
+    "--precision",
+    metavar="|".join(allowed.PRECISIONS),
+    default="float32",
+    show_default=True,
+    callback=_precision,
+    help="auto: bfloat16 where the device has units for it.",
+)
+
+
 def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options of diffusion models; the command gets them as `sampling`, None where none is given."""
 
@@ -109,7 +131,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--samples", type=click.IntRange(1), help="Diffusion models: results that are averaged  [default: 1]."
         ),
-        click.option("--sampler", type=click.Choice(["ddim", "dpm++"]), help="Diffusion models  [default: ddim]."),
+        click.option("--sampler", type=click.Choice(allowed.SAMPLERS), help="Diffusion models  [default: ddim]."),
         click.option("--steps", type=click.IntRange(1), help="Diffusion models: steps of the sampler  [default: 25]."),
     ):
         run = option(run)
@@ -122,11 +144,11 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("out", metavar="OUT.tif", type=click.Path())
 @click.option(
     "--weights",
-    help="Checkpoint file, or name of shipped weights  [default: tiny, and tiny-MODEL with --model].",
+    help="Checkpoint file, or name of shipped weights  [default: tiny; --model uknow-... needs a file].",
 )
 @click.option(
     "--model",
-    type=click.Choice(["pancrafter", "uknow-student", "uknow-teacher"]),
+    type=click.Choice(allowed.SHARPENERS),
     help="Refuse weights of another network  [default: take any].",
 )
 @click.option("--peak", default=2047.0, show_default=True, help="Largest value of the sensor: 2047 for 11 bits.")
@@ -135,7 +157,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--overlap", default=64, show_default=True, help="PAN pixels that a tile reaches beyond its core.")
 @click.option(
     "--dtype",
-    type=click.Choice(["uint8", "int16", "uint16", "int32", "uint32", "float32", "float64"]),
+    type=click.Choice(allowed.DTYPES),
     help="Pixel type of OUT [default: that of MS].",
 )
 @click.option("--nodata", type=float, help="Value without data where a file declares none, and in OUT; nan for NaN.")
@@ -143,7 +165,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--cog", is_flag=True, help="Write a Cloud Optimized GeoTIFF.")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@_precision_option
 @click.option("--preview", metavar="PNG", type=click.Path(), help="Write a picture of the result too.")
 @_sampling_options
 @click.option(
@@ -166,7 +188,11 @@ def sharpen(
     """Sharpen the multispectral MS.tif with PAN.tif into OUT.tif, on PAN's grid."""
     from .inference import sharpen_scene
 
-    options["weights"] = weights or ("tiny" if model in (None, "pancrafter") else f"tiny-{model}")
+    if weights is None and model not in (None, "pancrafter"):
+        raise click.UsageError(
+            f"--weights: expected a file with weights of {model} (none come with the package), got none"
+        )
+    options["weights"] = weights or "tiny"
     options["architecture"] = model
     with _quiet_libraries(), _progress("sharpening", quiet) as progress:
         summary = sharpen_scene(pan, ms, out, creation_options=co, progress=progress, **options)
@@ -259,13 +285,14 @@ class _Recipes(click.Group):
             measures = training.train(name, config, resume=resume, progress=not quiet, **overrides)
             click.echo("  ".join(f"{measure} {value:.4f}" for measure, value in measures.items()))
 
-        options: list[click.Parameter] = [
+        options: list[click.Parameter] = [  # what is required may stand in the file, so click cannot ask for it
             click.Option(["--config"], type=click.Path(dir_okay=False), help="YAML file with any of the keys below."),
             click.Option(["--resume"], is_flag=True, help="Continue the run in OUT, if there is one."),
             click.Option(["--quiet"], is_flag=True, help="No progress bar."),
         ]
         for field in dataclasses.fields(config):
-            default = "" if field.default in (dataclasses.MISSING, None, ()) else f"  [{field.default}]"
+            needed = field.default is dataclasses.MISSING
+            default = "  [required]" if needed else "" if field.default in (None, "", ()) else f"  [{field.default}]"
             flag = f"--{field.name.replace('_', '-')}"
             options.append(click.Option([flag, field.name], help=field.metadata["help"] + default))
         return click.Command(name, callback=run, params=options, help=f"Train {name}.")
@@ -330,7 +357,7 @@ def _baselines(_ctx: click.Context, _param: click.Parameter, value: str) -> list
     "--published", help="Compare with the papers' numbers for WV3, GF2, QB, WV2, or none [default: if known]."
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True)
+@_precision_option
 @_sampling_options
 @click.option("--overwrite", is_flag=True, help="Replace results of other settings in DIR.")
 @click.option("--quiet", is_flag=True, help="No progress bar, no tables.")

@@ -1,7 +1,8 @@
 """Noise schedule and sampling of residuals. The samplers themselves are those of diffusers."""
 
+from ..options import SAMPLERS
 from .noise import scene_noise
-from .sampling import SAMPLERS, Sample, sample
+from .sampling import Sample, sample
 from .schedule import Schedule
 from .sharpening import Sampling, sharpen_by_sampling
 

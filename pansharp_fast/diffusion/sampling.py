@@ -9,12 +9,11 @@ from torch import Tensor
 
 from ..models.condition import Condition
 from ..models.fsa import Prediction, Prepared
+from ..options import SAMPLERS, expect
 from .schedule import Schedule
 
 if TYPE_CHECKING:
     from ..models import FSAStudent, FSATeacher
-
-SAMPLERS = ("ddim", "dpm++")
 
 
 class Sample(NamedTuple):
@@ -108,8 +107,7 @@ def sample(
         ImportError: diffusers is not installed.
     """
     schedule = Schedule() if schedule is None else schedule
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler: expected one of {SAMPLERS}, got {sampler!r}")
+    expect("sampler", sampler, SAMPLERS)
     if not 1 <= steps <= schedule.length:
         raise ValueError(f"steps: expected 1 to {schedule.length} (the schedule's length), got {steps}")
     prepared = cond if isinstance(cond, Prepared) else model.prepare(cond)

@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-PREDICTIONS = ("sample", "epsilon", "v_prediction")
-
 
 class Schedule:
     """Noise levels of T steps, counted from 0.
@@ -41,7 +39,7 @@ class Schedule:
         return signal * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor, time: Tensor, prediction: str) -> Tensor:
-        """What a network of this kind of prediction (one of `PREDICTIONS`) is trained to give."""
+        """What a network of this kind of prediction (one of `options.PREDICTIONS`) is trained to give."""
         if prediction == "sample":
             return x0
         if prediction == "epsilon":

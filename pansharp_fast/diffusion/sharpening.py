@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.grid import RATIO, check_pair
+from ..options import SAMPLERS, expect
 from .noise import scene_noise
-from .sampling import SAMPLERS, sample
+from .sampling import sample
 from .schedule import Schedule
 
 #: MS pixels that the 23-tap interpolation reaches.
@@ -22,7 +23,7 @@ _REACH = 17
 class Sampling:
     """How a diffusion model sharpens.
 
-    steps: of the sampler. sampler: one of `SAMPLERS`. samples: results that are averaged. seed: of the noise.
+    steps: of the sampler. sampler: one of `options.SAMPLERS`. samples: results that are averaged. seed: of the noise.
     cuda_graph: see `sample`.
 
     Raises:
@@ -36,8 +37,7 @@ class Sampling:
     cuda_graph: bool = False
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler: expected one of {SAMPLERS}, got {self.sampler!r}")
+        expect("sampler", self.sampler, SAMPLERS)
         if not 1 <= self.steps <= Schedule().length:
             raise ValueError(f"steps: expected 1 to {Schedule().length} (the schedule's length), got {self.steps}")
         for name, least in (("samples", 1), ("seed", 0)):

@@ -21,6 +21,7 @@ from ..baselines import BASELINES
 from ..data import Sensor, get_sensor
 from ..metrics._common import prepare
 from ..metrics.reduced import gradient
+from ..options import precision as precision_name
 from . import pictures, report
 from .published import PUBLISHED, recognise
 from .scenes import PROTOCOLS, Hdf5Source, RasterSource, Scene, Source
@@ -242,7 +243,7 @@ def evaluate(
             if protocol not in PROTOCOLS:
                 raise ValueError(f"protocols: expected some of {', '.join(PROTOCOLS)}, got {protocol!r}")
         sensor.gains(source.bands)
-        options = {"device": device, "precision": precision}
+        options = {"device": device, "precision": precision_name(precision)}
         methods = _methods(models, baselines, sensor, peak, source.bands, sampling, **options)
         folder = Path(out)
         settings = {
@@ -315,7 +316,7 @@ def evaluate(
             "protocols": list(protocols),
             "scenes measured": {protocol: len(source.scenes(protocol)[:max_scenes]) for protocol in protocols},
             "device": device,
-            "precision": precision,
+            "precision": options["precision"],
             "torch": torch.__version__,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
             + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -10,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import options as allowed
 from ..data.grid import RATIO, check_pair
+from ..options import device as choose_device
 from .tiles import Span, blend, plan
 
 if TYPE_CHECKING:
     from ..diffusion import Sampling
 
 Array = TypeVar("Array", np.ndarray, Tensor)
-
-PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
 
 
 class SharpeningModel(Protocol):
@@ -30,32 +29,14 @@ class SharpeningModel(Protocol):
         """Digital numbers pan [B,1,4h,4w] and ms [B,C,h,w] to [B,C,4h,4w], unrounded."""
 
 
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device called `device`; None is the first CUDA device where there is one, else the CPU.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {device!r}") from None
-    count = torch.cuda.device_count()
-    if chosen.type == "cuda" and (chosen.index or 0) >= count:
-        raise ValueError(f"device: expected one of the {count} visible CUDA devices, got {device!r}")
-    return chosen
-
-
 class Sharpener:
     """A model on its device, ready to be given tiles.
 
     Args:
         weights: name or file for `pansharp_fast.models.load_model`, or a model.
         peak: largest digital number the sensor can give (2047 for 11 bits).
-        device: see `choose_device`.
-        precision: "float32", or "bf16" for autocast to bfloat16.
+        device: see `pansharp_fast.options.device`.
+        precision: one of `pansharp_fast.options.PRECISIONS`.
         architecture: name that the weights' architecture must have, such as "uknow-student"; None takes any.
         sampling: how a diffusion model samples; None is `Sampling()` for such a model.
         uncertainty: results hold as many channels more, the uncertainty of each band.
@@ -81,8 +62,6 @@ class Sharpener:
     ) -> None:
         if not peak > 0:
             raise ValueError(f"peak: expected a positive number, got {peak}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
         self.device = choose_device(device)
         if isinstance(weights, str | Path):
             from ..models import load_model
@@ -110,7 +89,7 @@ class Sharpener:
         self.bands: int = self.model.config.bands
         self.channels = 2 * self.bands if uncertainty else self.bands
         self.peak = float(peak)
-        self.precision = precision
+        self.precision = allowed.precision(precision)
 
     @torch.no_grad()
     def __call__(self, pan: Tensor, ms: Tensor, origin: tuple[int, int] = (0, 0)) -> Tensor:
@@ -118,9 +97,7 @@ class Sharpener:
 
         origin: row and column of pan's first pixel in its scene.
         """
-        dtype = PRECISIONS[self.precision]
-        context = contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-        with context:
+        with allowed.autocast(self.precision, self.device):
             pan, ms = pan.to(self.device), ms.to(self.device)
             if self.sampling is None:
                 return self.model.sharpen(pan, ms, self.peak).float()
@@ -160,7 +137,7 @@ def sharpen(
         tile: larger images are cut into tiles of this many PAN pixels, a multiple of 16; None never cuts.
         overlap: PAN pixels that a tile reaches beyond its core on each side, a multiple of 16.
         device: where the network runs; None takes the tensors' own, and for NumPy arrays CUDA if there is any.
-        precision: "float32" or "bf16".
+        precision: one of `pansharp_fast.options.PRECISIONS`; "auto" is bfloat16 where the device has units for it.
         sampling: how a diffusion model samples.
 
     Returns:

@@ -21,8 +21,6 @@ from rasterio.windows import Window
 
 from .scenes import Scene
 
-#: Pixel types of the output.
-DTYPES = ("uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
 PREVIEW_SIDE = 1024
 GAMMA = 0.7
 

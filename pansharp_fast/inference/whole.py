@@ -14,9 +14,10 @@ import rasterio
 import torch
 from torch import Tensor
 
+from ..options import DTYPES, expect
 from . import tiles
 from .arrays import Sharpener, SharpeningModel
-from .output import DTYPES, Output, check_target, choose_nodata
+from .output import Output, check_target, choose_nodata
 from .scenes import Scene
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def sharpen_scene(
         out: GeoTIFF to write, on PAN's grid. It appears when it is complete.
         weights, peak, device, precision: see `pansharp_fast.sharpen`.
         tile, overlap: PAN pixels, multiples of 16; see `tiles.plan`.
-        dtype: one of `output.DTYPES`; None is that of MS.
+        dtype: one of `options.DTYPES`; None is that of MS.
         cog: write a Cloud Optimized GeoTIFF.
         creation_options: for GDAL's driver, such as {"COMPRESS": "ZSTD"}.
         overwrite: replace existing files.
@@ -106,8 +107,8 @@ def sharpen_scene(
     out, preview = Path(out), None if preview is None else Path(preview)
     uncertainty = None if uncertainty is None else Path(uncertainty)
     tiles.check(tile, overlap)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype is not None:
+        expect("dtype", dtype, DTYPES)
     check_target("OUT", out, overwrite)
     if preview is not None:
         check_target("preview", preview, overwrite)

@@ -20,6 +20,7 @@ from ..data.grid import check_pair
 from ..nn import Conv3x3, FrequencyAttention, WaveletAttention
 from ..nn.convolution import norm_silu_conv
 from ..nn.fused import fused
+from ..options import PREDICTIONS, expect
 from .condition import Condition, highpass, wavelet_condition
 from .prior import PriorConfig, PriorNet
 
@@ -59,8 +60,7 @@ class FSAConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.prior, dict):
             object.__setattr__(self, "prior", PriorConfig(**self.prior))
-        if self.prediction not in ("sample", "epsilon", "v_prediction"):
-            raise ValueError(f"prediction: expected sample, epsilon or v_prediction, got {self.prediction!r}")
+        expect("prediction", self.prediction, PREDICTIONS)
         for name in ("bands", "norm_groups", "res_blocks", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

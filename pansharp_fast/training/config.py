@@ -9,12 +9,17 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from .. import options
+
 T = TypeVar("T", bound="TrainConfig")
 
 
 def key(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     """A field of a configuration with its line of help."""
     return field(default=default, metadata={"help": help}, **kwargs)
+
+
+PRECISION_HELP = "auto (bfloat16 where the device has units for it), float32 or bfloat16 (autocast)"
 
 
 @dataclass(kw_only=True)
@@ -26,7 +31,7 @@ class TrainConfig:
     out: str = key("folder of checkpoints, logs and pictures")
     sensor: str | None = key("sensor of the files; gives the peak", None)
     peak: float | None = key("largest digital number, over the sensor's own", None)
-    device: str = key("torch device; empty: cuda where there is one, else cpu", "")
+    device: str = key("auto (cuda where there is one, else cpu), cpu, cuda or cuda:N", "auto")
     seed: int = key("seed of weights, order, orientation and dropout", 2025)
     steps: int = key("optimiser steps of the whole run", 50_000)
     batch_size: int = key("samples of a step, over all processes", 48)
@@ -39,7 +44,7 @@ class TrainConfig:
     clip: float = key("largest norm of the gradient; 0: no clipping", 1.0)
     ema: float = key("decay of the weights' moving average, which is then validated and kept; 0: none", 0.0)
     ema_start: int = key("step at which the moving average begins", 0)
-    precision: str = key("float32 or bfloat16 (autocast)", "bfloat16")
+    precision: str = key(PRECISION_HELP, "auto")
     channels_last: bool = key("memory format of the images", True)
     workers: int = key("processes that read samples; 0: the training process itself", 0)
     log_every: int = key("steps between lines of log.csv", 50)
@@ -48,9 +53,9 @@ class TrainConfig:
     select: str = key("measure on the validation split that selects: psnr, sam or ergas", "psnr")
 
     def __post_init__(self) -> None:
+        self.precision = options.precision(self.precision)
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+            options.expect(name, getattr(self, name), allowed)
         for name in ("steps", "batch_size", "log_every", "valid_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -58,7 +63,6 @@ class TrainConfig:
 
 _CHOICES = {
     "schedule": ("cosine", "step"),
-    "precision": ("float32", "bfloat16"),
     "select": ("psnr", "sam", "ergas"),
 }
 

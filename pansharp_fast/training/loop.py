@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .. import options
 from ..data.hdf5 import Epochs, PanCollection, Samples
 from ..data.sensors import get_sensor
 from .checkpoint import load_optimizer, load_state, optimizer_tensors, save_state
@@ -123,17 +124,16 @@ class Trainer:
     def __init__(self, recipe: Recipe, config: TrainConfig, *, progress: bool = True) -> None:
         self.recipe, self.config = recipe, config
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if name == "cuda" and self.world > 1:
-            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        self.device = torch.device(name)
+        self.device = options.device(config.device)
+        if self.device == torch.device("cuda") and self.world > 1:
+            self.device = options.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         self.progress = progress and self.rank == 0
         if config.batch_size % self.world:
             raise ValueError(f"batch_size: expected a multiple of {self.world} processes, got {config.batch_size}")
-        options: dict[str, Any] = {"sensor": config.sensor, "peak": config.peak, "lms": recipe.needs_lms}
+        reading: dict[str, Any] = {"sensor": config.sensor, "peak": config.peak, "lms": recipe.needs_lms}
         self.train_data, self.valid_data = (
-            PanCollection(config.train, **options),
-            PanCollection(config.valid, **options),
+            PanCollection(config.train, **reading),
+            PanCollection(config.valid, **reading),
         )
         for data in (self.train_data, self.valid_data):
             if not data.has_gt:
@@ -190,7 +190,7 @@ class Trainer:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        return options.autocast(self.config.precision, self.device)
 
     def _to_device(self, batch: Batch) -> dict[str, Tensor]:
         form = torch.channels_last if self.config.channels_last else torch.contiguous_format

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..data.hdf5 import PanCollection, Samples
 from ..diffusion import Schedule, sample
-from ..diffusion.schedule import PREDICTIONS
 from ..models import Condition, FSAConfig, FSAStudent, FSATeacher, PriorConfig, PriorNet, load_model, save_model
 from ..models.condition import highpass
-from .config import TrainConfig, key
+from ..options import PREDICTIONS, expect
+from .config import PRECISION_HELP, TrainConfig, key
 from .knowledge import TeacherKnowledge, make_knowledge, wait_for
 from .loop import Batch
 from .losses import beta_nll_loss, distillation_loss, laplace_nll_loss
@@ -36,7 +36,7 @@ class UKnowTrainConfig(TrainConfig):
     clip: float = key("largest norm of the gradient; 0: no clipping", 0.003)
     ema: float = key("decay of the weights' moving average, which is then validated and kept; 0: none", 0.995)
     ema_start: int = key("step at which the moving average begins", 20_000)
-    precision: str = key("float32 or bfloat16 (autocast)", "float32")
+    precision: str = key(PRECISION_HELP, "float32")
 
 
 @dataclass(kw_only=True)
@@ -55,8 +55,7 @@ class DiffusionTrainConfig(UKnowTrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction: expected {', '.join(PREDICTIONS)}, got {self.prediction!r}")
+        expect("prediction", self.prediction, PREDICTIONS)
 
 
 @dataclass(kw_only=True)

@@ -72,7 +72,7 @@ def test_bf16_stays_close():
         ({"ms": "bool"}, TypeError, "ms: expected integers or real numbers, got bool"),
         ({"ms": "tensor"}, TypeError, "pan and ms: expected two NumPy arrays or two tensors, got ndarray and Tensor"),
         ({"peak": 0}, ValueError, "peak: expected a positive number, got 0"),
-        ({"precision": "int4"}, ValueError, "precision: expected one of float32, bf16, got 'int4'"),
+        ({"precision": "int4"}, ValueError, "precision: expected one of auto, float32, bfloat16, got 'int4'"),
         ({"device": "abacus"}, ValueError, "device: expected auto, cpu, cuda or cuda:N, got 'abacus'"),
         ({"device": "cuda:99"}, ValueError, "device: expected one of the . visible CUDA devices, got 'cuda:99'"),
         ({"tile": 100}, ValueError, "tile: expected a positive multiple of 16, got 100"),

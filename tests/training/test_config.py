@@ -60,7 +60,8 @@ def test_every_key_is_a_flag(name):
     result = CliRunner().invoke(main, ["train", name, "--help"], terminal_width=200)
     assert result.exit_code == 0, result.output
     for field in dataclasses.fields(recipe_class(name).config_class):
-        assert f"--{field.name.replace('_', '-')} " in result.output
+        line = next(line for line in result.output.splitlines() if f"--{field.name.replace('_', '-')} " in line)
+        assert line.endswith("[required]") == (field.default is dataclasses.MISSING)
 
 
 def test_unknown_recipe_is_a_usage_error():

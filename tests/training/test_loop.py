@@ -153,6 +153,13 @@ def test_average_of_weights(settings, tmp_path):
     torch.testing.assert_close(stored["average.input.weight"], expected)
 
 
+@pytest.mark.parametrize("name", ["auto", ""])
+def test_device_is_chosen(settings, name):
+    assert trainer(settings, device=name, out="run").device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match="device: expected auto, cpu, cuda or cuda:N, got 'abacus'"):
+        trainer(settings, device="abacus", out="run")
+
+
 def test_bfloat16_and_clipping(settings, tmp_path):
     run = trainer(settings | {"precision": "bfloat16"}, out=tmp_path / "run", steps=2, clip=1e-4)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}

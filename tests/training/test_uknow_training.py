@@ -193,7 +193,7 @@ def test_wrong_checkpoints(stages, tmp_path):
         ("teacher", {"prior": "p", "loss": "l2"}, "loss: expected beta_nll or laplace, got 'l2'"),
         ("student", {"teacher": "t", "knowledge": "none"}, "knowledge: expected online, cached or released"),
         ("student", {"teacher": "t", "knowledge": "cached"}, "augment: expected false"),
-        ("student", {"teacher": "t", "prediction": "x0"}, "prediction: expected sample, epsilon, v_prediction"),
+        ("student", {"teacher": "t", "prediction": "x0"}, "prediction: expected one of sample, epsilon, v_prediction"),
     ],
 )
 def test_bad_settings(stage, changes, message):

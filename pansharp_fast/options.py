@@ -1,0 +1,101 @@
+"""Values that options may have, for the library and the command line alike. Light to import: no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+#: How a network computes. "bfloat16" is autocast to it, "auto" that where the device computes in it natively.
+PRECISIONS = ("auto", "float32", "bfloat16")
+#: Other spelling -> name in `PRECISIONS`.
+_PRECISION_ALIASES = {"bf16": "bfloat16", "fp32": "float32"}
+#: Samplers of diffusion models.
+SAMPLERS = ("ddim", "dpm++")
+#: What the output of a diffusion network stands for.
+PREDICTIONS = ("sample", "epsilon", "v_prediction")
+#: Pixel types of written rasters.
+DTYPES = ("uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
+#: Architectures whose weights sharpen, alone or with a sampler.
+SHARPENERS = ("pancrafter", "uknow-student", "uknow-teacher")
+
+
+def expect(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in (allowed := tuple(allowed)):
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def precision(name: str) -> str:
+    """The member of `PRECISIONS` that `name` spells ("bf16" is bfloat16).
+
+    Raises:
+        ValueError: it spells none.
+    """
+    chosen = _PRECISION_ALIASES.get(name, name)
+    expect("precision", chosen, PRECISIONS)
+    return chosen
+
+
+def device(name: str | torch.device | None) -> torch.device:
+    """The device called `name`; None, "" and "auto" are the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    import torch
+
+    if name is None or name in ("", "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    count = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        raise ValueError(f"device: expected one of the {count} visible CUDA devices, got {name!r}")
+    return chosen
+
+
+def autocast(name: str, on: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context in which a network computes in precision `name` on a device.
+
+    bfloat16 on a CPU that has to emulate it warns, once.
+
+    Raises:
+        ValueError: unknown precision.
+    """
+    import torch
+
+    name = precision(name)
+    if name == "auto":
+        name = "bfloat16" if _has_bfloat16(on.type) else "float32"
+    elif name == "bfloat16" and on.type == "cpu" and not _has_bfloat16("cpu"):
+        _warn_of_emulation()
+    if name == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(on.type, torch.bfloat16)
+
+
+@functools.cache
+def _has_bfloat16(kind: str) -> bool:
+    """Whether devices of this kind multiply in bfloat16 by units of their own."""
+    import torch
+
+    if kind == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@functools.cache
+def _warn_of_emulation() -> None:
+    warnings.warn(
+        "precision: expected float32 or auto on a CPU without bfloat16 units, got bfloat16, "
+        "which takes 8 to 10 times as long as float32 there",
+        stacklevel=4,
+    )
