@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -68,6 +69,16 @@ class ErrorBoundary(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
 def main(debug: bool) -> None:
     """PAN-sharpening with fused kernels."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, _frame: object) -> None:
+    """Leave as an exception, so that unfinished files are removed; the exit code is the shell's for this signal."""
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 @main.command()

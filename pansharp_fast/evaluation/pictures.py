@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..data import interp23
+from ..files import atomic
 from .scenes import Scene
 
 #: Side of the enlarged part, in pixels.
@@ -49,11 +49,8 @@ def _save(file: Path, image: NDArray[np.float64], colours: str | None = None) ->
         pixels = colormaps[colours or "gray"](image)[..., :3]
     else:
         pixels = np.moveaxis(image, 0, -1)
-    buffer = io.BytesIO()
-    imsave(buffer, np.ascontiguousarray((pixels * 255).round().astype(np.uint8)), format="png")
-    part = file.with_suffix(".part")
-    part.write_bytes(buffer.getvalue())
-    part.replace(file)
+    with atomic(file) as part:
+        imsave(part, np.ascontiguousarray((pixels * 255).round().astype(np.uint8)), format="png")
 
 
 def _window(scene: Scene) -> tuple[slice, slice]:

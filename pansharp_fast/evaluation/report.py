@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import atomic
 from . import pictures
 from .published import CONTRADICTED, PUBLISHED
 
@@ -380,9 +381,8 @@ def _scenes(found: Mapping[str, Any], protocol: str) -> str:
 
 
 def _write(target: Path, text: str) -> None:
-    part = target.with_name(f".{target.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(target)
+    with atomic(target) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write(folder: Path, found: Mapping[str, Any]) -> None:

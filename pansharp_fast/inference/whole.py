@@ -17,7 +17,7 @@ from torch import Tensor
 from ..options import DTYPES, expect
 from . import tiles
 from .arrays import Sharpener, SharpeningModel
-from .output import Output, check_target, choose_nodata
+from .output import BLOCK, Output, check_outputs, choose_nodata
 from .scenes import Scene
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 #: GDAL's cache of blocks, MiB: holds the rows of blocks that a row of tiles reads, without growing with the scene.
 CACHE_MIB = 256
-#: Side of the file's blocks, at most.
-BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def sharpen_scene(
         cog: write a Cloud Optimized GeoTIFF.
         creation_options: for GDAL's driver, such as {"COMPRESS": "ZSTD"}.
         overwrite: replace existing files.
-        preview: PNG of the result to write as well.
+        preview: PNG or JPEG of the result to write as well.
         architecture, sampling: see `Sharpener`.
         uncertainty: float32 GeoTIFF of a diffusion model's uncertainty to write as well, in digital numbers.
         progress: called with (tiles done, tiles in all) after each tile.
@@ -109,17 +107,14 @@ def sharpen_scene(
     tiles.check(tile, overlap)
     if dtype is not None:
         expect("dtype", dtype, DTYPES)
-    check_target("OUT", out, overwrite)
-    if preview is not None:
-        check_target("preview", preview, overwrite)
-    if uncertainty is not None:
-        check_target("uncertainty", uncertainty, overwrite)
-        if uncertainty.absolute() == out.absolute():
-            raise ValueError(f"uncertainty: expected another file than OUT, got {uncertainty}")
-    for name, target in (("OUT", out), ("uncertainty", uncertainty)):
-        for source in (pan, ms):
-            if target is not None and target.exists() and Path(source).exists() and target.samefile(source):
-                raise ValueError(f"{name}: expected another file than the input, got {target}")
+    creation_options = dict(creation_options or {})
+    check_outputs(
+        {"OUT": out, "uncertainty": uncertainty, "preview": preview},
+        {"PAN": pan, "MS": ms, **({"weights": weights} if isinstance(weights, str | Path) else {})},
+        overwrite=overwrite,
+        cog=cog,
+        creation_options=creation_options,
+    )
     with rasterio.Env(GDAL_CACHEMAX=CACHE_MIB), Scene(pan, ms, bands=bands, nodata=nodata) as scene:
         sharpener = Sharpener(
             weights,
@@ -160,7 +155,7 @@ def sharpen_scene(
             return result
 
         with contextlib.ExitStack() as stack:
-            options: dict[str, Any] = {"block": block, "cog": cog, "creation_options": creation_options or {}}
+            options: dict[str, Any] = {"block": block, "cog": cog, "creation_options": creation_options}
             outputs = [stack.enter_context(Output(out, scene, dtype=pixel, nodata=value, preview=preview, **options))]
             if uncertainty is not None:
                 void = None if value is None else np.nan

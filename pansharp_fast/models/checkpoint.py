@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from ..files import atomic
 
 #: Architecture name -> (module, model class). A model class has `architecture` and `config_class`, a model `config`;
 #: a configuration has `bands`, `to_dict()` and takes its fields as keyword arguments.
@@ -50,17 +51,8 @@ def save_model(path: str | os.PathLike[str], model: Any, metadata: Mapping[str, 
         "metadata": json.dumps(dict(metadata or {})),
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=text)  # type: ignore[arg-type]
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic(path) as part:
+        save_file(tensors, part, metadata=text)  # type: ignore[arg-type]
 
 
 def read_checkpoint(

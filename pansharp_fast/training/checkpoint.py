@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +10,16 @@ import safetensors
 import torch
 from safetensors.torch import save
 
+from ..files import atomic
+
 _META = "pansharp_fast"
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` beside `path`, flush it to the disk and move it there; nothing is left behind on failure."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save_state(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
     """Write tensors and JSON-able `meta` to a safetensors file."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomic(path, save(plain, metadata={_META: json.dumps(meta)}))
+    with atomic(path) as part:
+        part.write_bytes(save(plain, metadata={_META: json.dumps(meta)}))
 
 
 def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from ..data.hdf5 import PanCollection
 from ..diffusion import sample
+from ..files import atomic
 from ..models import FSATeacher
 
 _VERSION = 1
@@ -108,53 +109,48 @@ def make_knowledge(
         OSError: the file cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
     device = next(teacher.parameters()).device
-    try:
-        with h5py.File(partial, "w") as file:
-            for first in range(0, len(data), batch_size):
-                samples = [data[index] for index in range(first, min(first + batch_size, len(data)))]
-                lms, pan = (torch.stack([each[name] for each in samples]).to(device) for name in ("lms", "pan"))
-                noise = torch.stack(
-                    [
-                        torch.from_numpy(
-                            np.random.default_rng([seed, first + i]).standard_normal(lms.shape[1:], np.float32)
-                        )
-                        for i in range(len(samples))
-                    ]
-                )
-                result = sample(
-                    teacher,
-                    teacher.condition(lms, pan),
-                    steps=steps,
-                    noise=noise.to(device),
-                    released=released,
-                    return_features=True,
-                )
-                assert result.variance is not None
-                assert result.features is not None
-                arrays = {"out": result.residual, "variance": result.variance}
-                arrays |= {f"feature{i}": feature for i, feature in enumerate(result.features[1:], 1)}
-                for name, array in arrays.items():
-                    if first == 0:
-                        kind = np.float16 if float16 else np.float32
-                        file.create_dataset(
-                            name, (len(data), *array.shape[1:]), kind, chunks=(1, *array.shape[1:]), shuffle=True
-                        )
-                    file[name][first : first + len(samples)] = array.float().cpu().numpy()
-            file.attrs.update(
-                {
-                    "version": _VERSION,
-                    "data": fingerprint(data),
-                    "teacher": teacher_digest(teacher),
-                    "released": released,
-                    "steps": steps,
-                    "seed": seed,
-                }
+    with atomic(path) as part, h5py.File(part, "w") as file:
+        for first in range(0, len(data), batch_size):
+            samples = [data[index] for index in range(first, min(first + batch_size, len(data)))]
+            lms, pan = (torch.stack([each[name] for each in samples]).to(device) for name in ("lms", "pan"))
+            noise = torch.stack(
+                [
+                    torch.from_numpy(
+                        np.random.default_rng([seed, first + i]).standard_normal(lms.shape[1:], np.float32)
+                    )
+                    for i in range(len(samples))
+                ]
             )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+            result = sample(
+                teacher,
+                teacher.condition(lms, pan),
+                steps=steps,
+                noise=noise.to(device),
+                released=released,
+                return_features=True,
+            )
+            assert result.variance is not None
+            assert result.features is not None
+            arrays = {"out": result.residual, "variance": result.variance}
+            arrays |= {f"feature{i}": feature for i, feature in enumerate(result.features[1:], 1)}
+            for name, array in arrays.items():
+                if first == 0:
+                    kind = np.float16 if float16 else np.float32
+                    file.create_dataset(
+                        name, (len(data), *array.shape[1:]), kind, chunks=(1, *array.shape[1:]), shuffle=True
+                    )
+                file[name][first : first + len(samples)] = array.float().cpu().numpy()
+        file.attrs.update(
+            {
+                "version": _VERSION,
+                "data": fingerprint(data),
+                "teacher": teacher_digest(teacher),
+                "released": released,
+                "steps": steps,
+                "seed": seed,
+            }
+        )
 
 
 def wait_for(path: str | os.PathLike[str]) -> None:

@@ -2,8 +2,10 @@
 
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -320,5 +322,24 @@ def test_interrupted_run_leaves_nothing(scene, weights, tmp_path, monkeypatch):
     monkeypatch.setattr("pansharp_fast.inference.output.Output.write", interrupt)
     code, _, _ = run("sharpen", str(pan), str(ms), str(tmp_path / "out.tif"), "--weights", str(weights), "--quiet")
     assert code == 1
+    assert files(tmp_path) == before
+    assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_stopped_run_leaves_nothing(number, scene, weights, tmp_path):
+    """Batch systems and closed terminals stop a run by a signal: unfinished files go, others stay."""
+    pan, ms = scene(1600, 1600)
+    before = files(tmp_path)
+    command = [sys.executable, "-m", "pansharp_fast", "sharpen", str(pan), str(ms), str(tmp_path / "out.tif")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = ["--weights", str(weights), "--tile", "96", "--overlap", "32", "--preview", str(tmp_path / "look.png")]
+    with subprocess.Popen([*command, *options], env=environment, stderr=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob(".out.tif*/*")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        process.wait(60)
+    assert process.returncode == (1 if number == signal.SIGINT else 128 + number)
     assert files(tmp_path) == before
     assert list(tmp_path.glob(".*")) == []
