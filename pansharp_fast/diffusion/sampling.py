@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Sample(NamedTuple):
-    """Result of `sample`, each [B, C, H, W].
+    """Result of `sample`, each [B, C, H, W]; residual and drift in float32, or float64 from a network in float64.
 
     residual: x0, to be added to lms. variance: the teacher's uncertainty at the last step, else None. drift: standard
     deviation of the x0 estimates over the second half of the steps, a weaker sign of uncertainty that a student gives
@@ -88,8 +88,8 @@ def sample(
     """Draw a residual; deterministic given the noise (or the seed and the device).
 
     Args:
-        model: student or teacher; should be in evaluation mode.
-        cond: its condition, see `model.condition`, or the result of `model.prepare` for it.
+        model: student or teacher of any floating dtype; should be in evaluation mode.
+        cond: its condition, see `model.condition`, or the result of `model.prepare` for it, in the model's dtype.
         steps: of the sampler.
         sampler: "ddim" (eta 0) or "dpm++" (DPM-Solver++, second order: good with few steps).
         noise: start [B, C, H, W]; drawn on the condition's device where None.
@@ -119,6 +119,8 @@ def sample(
         raise ValueError(f"noise: expected {list(prepared.shape)}, got {list(noise.shape)}")
     if cuda_graph and noise.device.type != "cuda":
         raise ValueError(f"cuda_graph: expected tensors on a CUDA device, got {noise.device}")
+    dtype = prepared.images.dtype  # the network's; between its steps float32 holds more than halves
+    noise = noise.to(torch.promote_types(dtype, torch.float32))
     scheduler = _scheduler(sampler, schedule, steps)
     x, variance = noise, None
     x0: Tensor | None = None
@@ -129,13 +131,14 @@ def sample(
         wanted = return_features and number == steps - 1
         estimate = None if released else x0
         if cuda_graph and number == 1:
-            recorded = _Recorded(model, x, told, prepared)
+            recorded = _Recorded(model, x.to(dtype), told, prepared)
         if recorded is None or wanted:
-            output = model(x, told, prepared, estimate, return_features=wanted)
+            given = x.to(dtype), told, prepared, None if estimate is None else estimate.to(dtype)
+            output = model(*given, return_features=wanted)
         else:
             output = recorded(x, told, estimate)
         times = torch.full_like(told, time)
-        x0, variance = schedule.to_x0(output.out, x, times, model.config.prediction), output.variance
+        x0, variance = schedule.to_x0(output.out.to(x.dtype), x, times, model.config.prediction), output.variance
         x = scheduler.step(x0, time, x).prev_sample
         if number >= steps // 2:  # Welford's recurrence
             before = x0 - mean

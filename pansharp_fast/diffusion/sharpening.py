@@ -77,7 +77,8 @@ def sharpen_by_sampling(
     # The interpolation's border is circular; a scene's or a tile's opposite sides have nothing to do with each other.
     cut, height, width = RATIO * _REACH, *pan.shape[2:]
     lms = interp23(F.pad(ms, (_REACH,) * 4, mode="replicate"))[..., cut : cut + height, cut : cut + width]
-    prepared = model.prepare(model.condition(lms, pan))
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    prepared = model.prepare(model.condition(lms.to(dtype), pan.to(dtype)))
     mean = torch.zeros_like(lms)
     squares, variance = torch.zeros_like(lms), torch.zeros_like(lms)
     for number in range(sampling.samples):
@@ -97,13 +98,14 @@ def sharpen_by_sampling(
             cuda_graph=sampling.cuda_graph,
         )
         # Welford's recurrence: no cancellation, whatever the number of samples.
-        before = result.residual - mean
+        residual = result.residual.float()
+        before = residual - mean
         mean = mean + before / (number + 1)
-        squares = squares + before * (result.residual - mean)
+        squares = squares + before * (residual - mean)
         if result.variance is not None:
-            variance = variance + result.variance / sampling.samples
+            variance = variance + result.variance.float() / sampling.samples
         elif sampling.samples == 1:
-            variance = result.drift.square()
+            variance = result.drift.float().square()
     if sampling.samples > 1:
         variance = variance + squares / (sampling.samples - 1)
     return (lms + mean) * peak, variance.sqrt() * peak

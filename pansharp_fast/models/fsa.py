@@ -20,6 +20,7 @@ from ..data.grid import check_pair
 from ..nn import Conv3x3, FrequencyAttention, WaveletAttention
 from ..nn.convolution import norm_silu_conv
 from ..nn.fused import fused
+from ..nn.plain import hooked, is_plain
 from ..options import PREDICTIONS, expect
 from .condition import Condition, highpass, wavelet_condition
 from .prior import PriorConfig, PriorNet
@@ -129,6 +130,17 @@ class TimeEmbedding(nn.Module):
         rates = torch.exp(torch.arange(half, device=time.device, dtype=torch.float32) * (-math.log(1e4) / half))
         angles = time.to(torch.float32)[:, None] * rates
         return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+class _NoiseLevel(nn.Sequential):
+    """A time embedding, computed in float32 as it is fine, then layers in the network's dtype."""
+
+    def forward(self, time: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        embedding, *layers = self
+        x = embedding(time).to(dtype)
+        for layer in layers:
+            x = layer(x)
+        return x
 
 
 class _Block(nn.Module):
@@ -285,15 +297,24 @@ class _TeacherBlock(nn.Module):
         elif hasattr(self, "dec_res_block"):
             x = self.dec_res_block(x, time)
         elif hasattr(self, "fourier_CA"):
-            y = self.fourier_CA(self.time_emd_block(x, time), overwrite=True)
+            # Who listens to a layer may keep what it sees, and what stands in its place may know no such argument.
+            ours = is_plain(self.fourier_CA, FrequencyAttention) and not any(map(hooked, self.modules()))
+            options = {"overwrite": True} if ours and _wavelet_blocks(self) else {}
+            y = self.fourier_CA(self.time_emd_block(x, time), **options)
             if isinstance(prepared, Tensor):  # the wavelets
-                y = self.cond_inj_qk_v(y, prepared, overwrite=True)
-                y = self.cond_inj_q_kv(y, prepared, overwrite=True)
+                y = self.cond_inj_qk_v(y, prepared, **options)
+                y = self.cond_inj_q_kv(y, prepared, **options)
             else:
-                y = self.cond_inj_qk_v.attend(y, prepared[0], overwrite=True)
-                y = self.cond_inj_q_kv.attend(y, prepared[1], overwrite=True)
+                y = self.cond_inj_qk_v.attend(y, prepared[0], **options)
+                y = self.cond_inj_q_kv.attend(y, prepared[1], **options)
             x = self.attn_res(x) + y
         return self.attn(self.res_block(x, time))
+
+
+def _wavelet_blocks(block: Any) -> list[WaveletAttention]:
+    """A decoder block's wavelet attention, if it is still what the constructor made."""
+    blocks = [block.cond_inj_qk_v, block.cond_inj_q_kv]
+    return blocks if all(is_plain(each, WaveletAttention) for each in blocks) else []
 
 
 class _Resize(nn.Module):
@@ -322,7 +343,7 @@ class _FSA(nn.Module):
         super().__init__()
         self.config = config
         width = config.inner_channel
-        self.noise_level_mlp = nn.Sequential(
+        self.noise_level_mlp = _NoiseLevel(
             TimeEmbedding(width), nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width)
         )
         channels, resolution = width, config.image_size
@@ -353,6 +374,11 @@ class _FSA(nn.Module):
                 ups.append(_Resize(channels, up=True))
                 resolution *= 2
         self.ups = nn.ModuleList(ups)
+        # By number, as a user may wrap a block.
+        self.down_blocks, self.up_blocks = (
+            frozenset(number for number, layer in enumerate(layers) if isinstance(layer, self.block))
+            for layers in (downs, ups)
+        )
         self.final_conv = _Block(channels, self.heads * config.bands, config.norm_groups)
         for parameter in self.final_conv.block[3].parameters():
             nn.init.zeros_(parameter)  # a fresh network's residual is 0: it sharpens to lms
@@ -424,11 +450,11 @@ class _FSA(nn.Module):
         if self.config.self_condition:
             parts.insert(0, x if self_cond is None else self._pad(self_cond))
         x = _laid_out(self, torch.cat(parts, 1))
-        embedding = self.noise_level_mlp(time)
+        embedding = self.noise_level_mlp(time, x.dtype)
         features: list[Tensor] = []
         skips: list[Tensor] = []
         for number, layer in enumerate(self.downs):
-            if isinstance(layer, self.block):
+            if number in self.down_blocks:
                 x = layer(x, embedding, prepared.downs.get(number))
             else:
                 if return_features:
@@ -438,7 +464,7 @@ class _FSA(nn.Module):
         for layer in self.mid:
             x = layer(x, embedding, None)
         for number, layer in enumerate(self.ups):
-            if isinstance(layer, self.block):
+            if number in self.up_blocks:
                 x = torch.cat([x, skips.pop()], 1)
                 x = layer(x, embedding, prepared.ups.get(number))
             else:
@@ -509,16 +535,13 @@ class FSATeacher(_FSA):
         assert cond.pre_variance is not None
         assert cond.wavelets is not None
         vector = self.prior_cond_extractor(*(_laid_out(self, each) for each in (cond.pre_out, cond.pre_variance)))
-        downs = {
-            number: layer.prior_cond_inj.kernel(vector)[:, :, None, None]
-            for number, layer in enumerate(self.downs)
-            if isinstance(layer, self.block)
-        }
+        layers: list[Any] = list(self.downs)
+        downs = {number: layers[number].prior_cond_inj.kernel(vector)[:, :, None, None] for number in self.down_blocks}
         ups: dict[int, Any] = {}
         height, width = cond.wavelets.shape[2:]
         shrink, wavelets = self.multiple, None
         for number, layer in enumerate(self.ups):
-            if not isinstance(layer, self.block):
+            if number not in self.up_blocks:
                 shrink, wavelets = shrink // 2, None
             elif hasattr(layer, "fourier_CA"):
                 if wavelets is None:
@@ -526,8 +549,8 @@ class FSATeacher(_FSA):
                     wavelets = F.interpolate(cond.wavelets, size=size, mode="bilinear", align_corners=False)
                     wavelets = _laid_out(self, wavelets)
                 ups[number] = wavelets
-                if keep:
-                    ups[number] = (layer.cond_inj_qk_v.prepare(wavelets), layer.cond_inj_q_kv.prepare(wavelets))
+                if keep and (blocks := _wavelet_blocks(layer)):
+                    ups[number] = tuple(block.prepare(wavelets) for block in blocks)
         return downs, ups
 
     def _head(self, y: Tensor, features: tuple[Tensor, ...] | None) -> Prediction:

@@ -361,7 +361,7 @@ class PANCrafter(nn.Module):
 
         Returns:
             [B, bands, 4h, 4w] float32 digital numbers, unrounded and unclipped. Sizes that the network does not take
-            are padded by repeating the border (to a square where config.attention_keys is "released").
+            are padded by repeating the border.
 
         Raises:
             ValueError: shapes that do not fit together, another ratio than 4, or a peak that is not positive.
@@ -375,8 +375,6 @@ class PANCrafter(nn.Module):
         h, w = pan.shape[2:]
         step = self.config.multiple
         to_h, to_w = -(-h // step) * step, -(-w // step) * step
-        if self.config.attention_keys == "released":
-            to_h = to_w = max(to_h, to_w)
         padded_pan = F.pad(pan, (0, to_w - w, 0, to_h - h), mode="replicate")
         padded_ms = F.pad(ms, (0, (to_w - w) // RATIO, 0, (to_h - h) // RATIO), mode="replicate")
         dtype = next(self.parameters()).dtype

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..ops.cm3a import cm3a
 from .convolution import Conv3x3, joined
+from .plain import is_plain_conv
 
 ATTENTION_KEYS = ("aligned", "released")
 NEIGHBOURS = ("learned", "shift")
@@ -25,7 +26,7 @@ class CM3A(nn.Module):
         qk_norm: must be False; the released networks normalise neither queries nor keys.
         attention_keys: "aligned": each branch attends with its own keys (the paper). "released": as the public release
             computes it, where the PAN branch attends with the MS keys and the MS branch with the MS keys in transposed
-            memory order; square maps only.
+            memory order: [B, heads, D, H, W] moved to [B, heads, W, D, H] and read back row by row.
         neighbours: "learned": a depth-wise convolution `dep_conv` forms the ka² neighbours (the release). "shift":
             neighbour j is the pixel at offset j (the paper); there is no `dep_conv`.
         pan_detail: whether the PAN values also see PAN and PAN - LPAN (the release) or only x and LPAN (the paper).
@@ -93,9 +94,6 @@ class CM3A(nn.Module):
 
         Returns:
             (x_pan, x_ms), each [B, dim, H, W].
-
-        Raises:
-            ValueError: attention_keys is "released" and the map is not square.
         """
         blend = s.to(ms.dtype).view(-1, 1, 1, 1)
         q = self.q(joined(x, torch.lerp(lpan.expand_as(ms), ms, blend)))
@@ -107,20 +105,25 @@ class CM3A(nn.Module):
             k_pan = self.k_pan(joined(x, lpan))
         weight = bias = None
         if self.dep_conv is not None:
+            if not is_plain_conv(self.dep_conv, self.ka, groups=self.head_dim, bias=True):
+                return self.proj_pan(self._attend(q, k_pan, v_pan)), self.proj_ms(self._attend(q, k_ms, v_ms))
             weight = self.dep_conv.weight.view(self.head_dim, self.ka**2, self.ka, self.ka)
             bias = self.dep_conv.bias.view(self.head_dim, self.ka**2)  # type: ignore[union-attr]
         out_pan, out_ms = cm3a(q, k_pan, v_pan, k_ms, v_ms, weight, bias, num_heads=self.num_heads, window=self.ka)
         return self.proj_pan(out_pan), self.proj_ms(out_ms)
 
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One branch by calls of `dep_conv`, for one that users changed; all neighbours stand in memory."""
+        assert self.dep_conv is not None
+        b, c, h, w = q.shape
+        heads = (b * self.num_heads, self.head_dim, h, w)
+        keys, values = (self.dep_conv(t.reshape(heads)).view(heads[0], self.head_dim, -1, h, w) for t in (k, v))
+        logits = (q.reshape(heads).unsqueeze(2) * keys).sum(1, keepdim=True) * self.head_dim**-0.5
+        return (logits.softmax(2) * values).sum(2).view(b, c, h, w)
+
 
 def transposed_keys(keys: Tensor, num_heads: int) -> Tensor:
-    """The released MS branch's keys: [B, heads, D, H, W] moved to [B, heads, W, D, H] and read back row by row.
-
-    Raises:
-        ValueError: H and W differ; the release cannot run on such maps; padding to a square is another result.
-    """
+    """The released MS branch's keys: [B, heads, D, H, W] moved to [B, heads, W, D, H] and read back row by row."""
     b, c, h, w = keys.shape
-    if h != w:
-        raise ValueError(f'attention_keys: "released" keys are defined on square maps only, got {h}x{w}')
     moved = keys.reshape(b, num_heads, c // num_heads, h, w).permute(0, 1, 4, 2, 3)
     return moved.reshape(b, c, h, w)

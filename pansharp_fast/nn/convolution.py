@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..ops._backends import requested, unavailable
+from .plain import is_plain, is_plain_conv, pads_with_zeros, traced
 
 #: From these sizes on Winograd's fewer multiplications outweigh its transforms; with norm, activation and residual in
 #: the same pass fewer outputs suffice.
@@ -31,7 +32,7 @@ class Conv3x3(nn.Conv2d):
         super().__init__(channels, out, 3, padding=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _pays(self, x, _CHANNELS):
+        if pads_with_zeros(self, 3) and _pays(self, x, _CHANNELS):
             return ops.conv3x3(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -69,10 +70,11 @@ def norm_silu_conv(
         shift: [B, O], added to the result.
         residual: [B, O, H, W], added to the result.
     """
-    norm: Any = layers[0]
-    conv: Any = layers[-1]
-    dropping = any(isinstance(layer, nn.Dropout) and layer.training for layer in layers)
-    if _pays(conv, x, _FUSED_OUTPUTS) and not dropping:
+    if modulation is None and not is_plain(layers, nn.Sequential):
+        x = layers(x)
+    elif _joins(layers) and _pays(layers[-1], x, _FUSED_OUTPUTS):
+        norm: Any = layers[0]
+        conv: Any = layers[-1]
         bias = conv.bias
         if shift is not None:
             bias = shift.float() if bias is None else shift.float() + bias.float()
@@ -84,12 +86,27 @@ def norm_silu_conv(
             factor = 1 + modulation[0].float()
             scale, offset = scale * factor, offset * factor + modulation[1].float()
         return ops.conv3x3(x, conv.weight, bias, scale=scale, shift=offset, silu=True, residual=residual)
-    x = _modulated(norm, x, modulation)
-    for layer in list(layers)[1:]:
-        x = layer(x)
+    else:
+        norm, *rest = layers
+        x = _modulated(norm, x, modulation)
+        for layer in rest:
+            x = layer(x)
     if shift is not None:
         x = x + shift[:, :, None, None]
     return x if residual is None else x + residual
+
+
+def _joins(layers: nn.Sequential) -> bool:
+    """Whether the layers are those that `norm_silu_conv` may compute in one pass."""
+    if len(layers) < 3:
+        return False
+    norm, silu, *between, conv = layers
+    return (
+        is_plain(norm, nn.GroupNorm, LayerNorm)
+        and is_plain(silu, nn.SiLU)
+        and all(is_plain(layer, nn.Dropout, nn.Identity) for layer in between)
+        and is_plain_conv(conv, 3)
+    )
 
 
 def _modulated(norm: Any, x: Tensor, modulation: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -97,7 +114,7 @@ def _modulated(norm: Any, x: Tensor, modulation: tuple[Tensor, Tensor] | None) -
     if modulation is None:
         return norm(x)
     scale, offset = modulation
-    if len(x) > 1:
+    if len(x) > 1 or not is_plain(norm, nn.GroupNorm, LayerNorm):
         return norm(x) * (1 + scale[:, :, None, None]) + offset[:, :, None, None]
     # One image: the modulation is folded into the norm's own affine map, which saves a pass over the features.
     factor = 1 + scale[0]
@@ -120,8 +137,8 @@ def mlp(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
 
     At inference on the CPU oneDNN computes it, a strip of pixels at a time: what stands between stays in the cache.
     """
-    fits = first.weight.dtype == second.weight.dtype == x.dtype and not torch.compiler.is_compiling()
-    if not (fits and inference(x) and _onednn_multiplies(x.dtype)):
+    plain = all(is_plain(layer, nn.Linear) and layer.weight.dtype == x.dtype for layer in (first, second))
+    if not (plain and inference(x) and not traced() and _onednn_multiplies(x.dtype)):
         return second(F.gelu(first(x), approximate="tanh"))
     linear: Any = torch.ops.mkldnn._linear_pointwise
     pixels = x.reshape(-1, first.in_features)
@@ -157,10 +174,12 @@ def inference(x: Tensor) -> bool:
     )
 
 
-def _pays(conv: nn.Conv2d, x: Tensor, outputs: int) -> bool:
+def _pays(conv: Any, x: Tensor, outputs: int) -> bool:
     """Whether a 3x3 convolution of x with at least so many outputs goes through `ops.conv3x3`."""
     return (
         inference(x)
+        and not torch.jit.is_tracing()
+        and type(conv.weight) in (nn.Parameter, Tensor)
         and x.dtype == conv.weight.dtype
         and conv.in_channels >= _CHANNELS
         and conv.out_channels >= outputs

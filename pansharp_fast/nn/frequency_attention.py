@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops import frequency_attention
 from .convolution import Conv3x3
 from .fused import conv_silu_conv, fused, normalized, pixels, pointwise
+from .plain import is_plain, is_plain_conv, layers_of
 
 
 def depthwise_then_pointwise(inputs: int, outputs: int) -> nn.Sequential:
@@ -18,6 +19,12 @@ def depthwise_then_pointwise(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False), nn.Conv2d(inputs, outputs, 1)
     )
+
+
+def _projects(projection: nn.Module) -> bool:
+    """Whether a projection is one of `depthwise_then_pointwise` whose second convolution may be read."""
+    layers = layers_of(projection)
+    return len(layers) == 2 and is_plain_conv(layers[1], 1, bias=True)
 
 
 class ChannelAttentionTail(nn.Module):
@@ -47,6 +54,21 @@ class ChannelAttentionTail(nn.Module):
         return out + branch
 
     # The same at inference on a CPU, in two parts.
+
+    def _joins(self, *projections: nn.Module) -> bool:
+        """Whether the layers, `projections` among them, are those that the joined form reads."""
+        ffn = layers_of(self.ffn)
+        return (
+            len(ffn) == 4
+            and is_plain_conv(ffn[0], 3, bias=False)
+            and is_plain(ffn[1], nn.SiLU)
+            and is_plain_conv(ffn[2], 3, bias=False)
+            and is_plain_conv(ffn[3], 1, bias=True)
+            and is_plain_conv(self.attn_out, 1, bias=True)
+            and (is_plain(self.attn_res, nn.Identity) or is_plain_conv(self.attn_res, 1))
+            and is_plain(self.get_submodule("prenorm_x"), nn.GroupNorm)
+            and all(_projects(projection) for projection in projections)
+        )
 
     def start_fused(self, residual: Tensor) -> Tensor:
         """What the attention's projection is to be added to; takes the memory of residual."""
@@ -93,7 +115,7 @@ class FrequencyAttention(ChannelAttentionTail):
 
     def forward(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
         """[B, fea_dim, H, W] -> [B, dim_out, H, W], any H and W; with `overwrite` x may be used as memory."""
-        if fused(self, x):
+        if fused(self, x) and self._joins(self.qkv):
             x = normalized(x, self.prenorm_x, overwrite)
             q, k, v = self._qkv(x)
             attended = frequency_attention(q, k, v, num_heads=self.nheads)

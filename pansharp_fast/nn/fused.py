@@ -1,7 +1,7 @@
 """How the diffusion networks compute at inference on a CPU: features in channels_last, and operators joined.
 
 What stands here gives what the plain modules give, up to rounding; those remain the definition, and the way of
-training, of other devices and of the backend "reference".
+training, of other devices, of layers that users changed (`plain`) and of the backend "reference".
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from ..ops import conv3x3, group_norm_factors
 from .convolution import inference
+from .plain import traced
 
 #: What a strip of rows may hold of the largest thing in it: memory freed below 32 MiB is used again by the next strip.
 _STRIP_BYTES = 16 << 20
 
 
 def fused(module: nn.Module, x: Tensor) -> bool:
-    """Whether a module may compute this way for x."""
-    return inference(x) and x.dtype == torch.float32 and not module.training and not torch.compiler.is_compiling()
+    """Whether a module whose layers are plain may compute this way for x."""
+    return inference(x) and x.dtype == torch.float32 and not module.training and not traced()
 
 
 def conv_silu_conv(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:

@@ -69,7 +69,7 @@ class WaveletAttention(ChannelAttentionTail):
 
     def prepare(self, condition: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """What `attend` needs of the condition [B, cond_dim, H, W]; the same for every step of a sampling run."""
-        if fused(self, condition):
+        if fused(self, condition) and self._reads():
             local, (first, second) = self._projections(self.qk if self.condition == "qk" else self.kv, condition)
             if self.condition == "qk":
                 return self._context_of(self._keys(local, second), local, first)
@@ -86,7 +86,7 @@ class WaveletAttention(ChannelAttentionTail):
 
         overwrite: x may be used as memory.
         """
-        if fused(self, x):
+        if fused(self, x) and self._reads():
             x = normalized(x, self.prenorm_x, overwrite)
             if isinstance(prepared, Tensor):
                 local, [point] = self._projections(self.v, x)
@@ -103,7 +103,7 @@ class WaveletAttention(ChannelAttentionTail):
 
     def forward(self, x: Tensor, condition: Tensor, *, overwrite: bool = False) -> Tensor:
         """x [B, fea_dim, H, W], condition [B, cond_dim, H, W] -> [B, dim_out, H, W]; overwrite as in `attend`."""
-        if self.condition == "kv" and fused(self, x):
+        if self.condition == "kv" and fused(self, x) and self._reads():
             local, (k, v) = self._projections(self.kv, condition)
             x = normalized(x, self.prenorm_x, overwrite)
             return self._cross(x, self._keys(local, k), partial(_values, local, v))
@@ -115,6 +115,9 @@ class WaveletAttention(ChannelAttentionTail):
     def _context(self, q: Tensor, k: Tensor) -> Tensor:
         """Scaled sum over pixels [B, heads, e, d]: the scale rides on this small matrix."""
         return torch.matmul(self._heads(k), self._heads(q).transpose(-1, -2)) * self.scale
+
+    def _reads(self) -> bool:
+        return self._joins(*((self.qk, self.v) if self.condition == "qk" else (self.q, self.kv)))
 
     # At inference on a CPU there are no queries. With q = W l + b, where l comes from the depth-wise convolution, the
     # sum of k q over pixels is (sum of k l) Wᵀ + (sum of k) b, and a column's keys add up to 1. The context and the

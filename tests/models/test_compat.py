@@ -1,24 +1,27 @@
 """Our operators inside models built from other code."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from pansharp_fast import accelerate, compat
+from pansharp_fast.models import PANCrafter, preset
 from pansharp_fast.nn import CM3A
 
 
 class ExpandedAttention(nn.Module):
     """Stands in for the public release's attention module: its attributes, its result, the expansion in memory."""
 
-    def __init__(self, dim, num_heads, ms_channel, released):
+    def __init__(self, dim, num_heads, ms_channel, released, *, pan_ks=3, ms_ks=1):
         super().__init__()
         self.num_heads, self.head_dim, self.ka, self.ms_channel = num_heads, dim // num_heads, 3, ms_channel
         self.released = released
-        self.q = nn.Conv2d(dim + ms_channel, dim, 3, padding=1)
-        self.k_pan = nn.Conv2d(dim + 1, dim, 3, padding=1)
-        self.v_pan = nn.Conv2d(dim + 3, dim, 3, padding=1)
-        self.kv_ms = nn.Conv2d(dim + ms_channel, 2 * dim, 1)
+        self.q = nn.Conv2d(dim + ms_channel, dim, pan_ks, padding=pan_ks // 2)
+        self.k_pan = nn.Conv2d(dim + 1, dim, pan_ks, padding=pan_ks // 2)
+        self.v_pan = nn.Conv2d(dim + 3, dim, pan_ks, padding=pan_ks // 2)
+        self.kv_ms = nn.Conv2d(dim + ms_channel, 2 * dim, ms_ks, padding=ms_ks // 2)
         self.dep_conv = nn.Conv2d(self.head_dim, 9 * self.head_dim, 3, padding=1, groups=self.head_dim)
         self.proj_pan = nn.Conv2d(dim, dim, 1)
         self.proj_ms = nn.Conv2d(dim, dim, 1)
@@ -101,6 +104,30 @@ def test_accelerate_refuses_models_without_attention():
     module.proj_ms = nn.Conv2d(16, 8, 1)
     with pytest.raises(ValueError, match="proj_ms: expected the tensors of the public release"):
         accelerate(module)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 64), (72, 40)])
+def test_oblong_images_by_released_keys(size):
+    """The release reinterprets memory, whatever the sizes."""
+    changes = {"bands": 4, "hidden_sizes": (16,) * 4, "depth": (1,) * 4, "num_heads": 2, "norm_groups": 4}
+    model = PANCrafter(preset("released", **changes)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    plain = copy.deepcopy(model)
+    for block in plain.modules():
+        if isinstance(getattr(block, "attn", None), CM3A):
+            ours = block.attn
+            block.attn = ExpandedAttention(
+                16, 2, 4, True, ms_ks=ours.kv_ms.kernel_size[0], pan_ks=ours.q.kernel_size[0]
+            )
+            block.attn.load_state_dict(ours.state_dict())
+    pan, ms = torch.rand(2, 1, *size) * 2000, torch.rand(2, 4, size[0] // 4, size[1] // 4) * 2000
+    with torch.no_grad():
+        expected, result = plain.sharpen(pan, ms, 2047), model.sharpen(pan, ms, 2047)
+    assert (result - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert accelerate(plain) is plain
+    accelerated = plain.sharpen(pan, ms, 2047)
+    assert (accelerated - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_from_official_refuses():

@@ -163,12 +163,6 @@ def test_modes_differ_by_sample():
     assert (both[0] - both[1]).abs().max() > 1e-2 * both.abs().max()
 
 
-def test_released_keys_refuse_oblong_maps():
-    model = randomised(small("released"))
-    with pytest.raises(ValueError, match="square maps only, got"):
-        model(*images(4, 6), torch.ones(1))
-
-
 @pytest.mark.parametrize("name", ["tiny", "paper"])
 def test_layer_norm_networks_are_local(name):
     """A change far away leaves a pixel as it is: tiles give what the whole scene gives."""

@@ -1,5 +1,6 @@
 """Prior network, teacher and student: the public release's values, and behaviour on other inputs."""
 
+import copy
 import dataclasses
 import json
 
@@ -10,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from pansharp_fast.compat import from_official
+from pansharp_fast.diffusion import Sampling, sharpen_by_sampling
 from pansharp_fast.models import (
     Condition,
     FSAConfig,
@@ -203,7 +205,7 @@ def test_configuration_survives_json():
     [
         ({"bands": 0}, "bands: expected at least 1, got 0"),
         ({"inner_channel": 12}, "inner_channel: expected a positive multiple of 8, got 12"),
-        ({"prediction": "x0"}, "prediction: expected sample, epsilon or v_prediction, got 'x0'"),
+        ({"prediction": "x0"}, "prediction: expected one of sample, epsilon, v_prediction, got 'x0'"),
     ],
 )
 def test_bad_configuration(change, message):
@@ -260,3 +262,27 @@ def test_bad_input():
         teacher.condition(lms, pan[..., :4])
     with pytest.raises(ValueError, match=r"config\.prior"):
         tiny(FSATeacher, prior=None).condition(lms, pan)
+
+
+@pytest.mark.parametrize("cls", [FSAStudent, FSATeacher])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float64, 1e-5), (torch.float16, 0.05), (torch.bfloat16, 0.3)])
+def test_other_dtypes(cls, dtype, share):
+    """One step, forward and backward, and a sampling run; share: of the residual that rounding may take.
+
+    The teacher's phases jump at their cut, which rounding decides.
+    """
+    if cls is FSATeacher and dtype != torch.float64:
+        share *= 3
+    model = tiny(cls)
+    lms, pan = images(32, 24)
+    x, time = torch.randn_like(lms), torch.tensor([17])
+    exact = model(x, time, model.condition(lms, pan)).out.detach()
+    other = copy.deepcopy(model).to(dtype)
+    result = other(x.to(dtype), time, other.condition(lms.to(dtype), pan.to(dtype))).out
+    assert result.dtype == dtype
+    assert (result - exact).norm() <= share * exact.norm()
+    result.square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in other.parameters() if p.requires_grad)
+    image, spread = sharpen_by_sampling(other, 2000 * pan, 2000 * lms[:, :, ::4, ::4], 2047, Sampling(steps=2))
+    assert image.dtype == spread.dtype == torch.float32
+    assert image.isfinite().all()
