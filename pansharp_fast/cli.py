@@ -123,6 +123,18 @@ _precision_option = click.option(
 )
 
 
+def _numbers(_ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, float] | None:
+    """One number for rows and columns, or two."""
+    if value is None:
+        return None
+    try:
+        numbers = [float(part) for part in value.split(",")]
+        rows, columns = numbers if len(numbers) > 1 else numbers * 2
+    except ValueError:
+        raise click.BadParameter(f"expected {param.metavar} such as 1.5,-0.25, got {value!r}") from None
+    return rows, columns
+
+
 def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options of diffusion models; the command gets them as `sampling`, None where none is given."""
 
@@ -174,10 +186,11 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--nodata", type=float, help="Value without data where a file declares none, and in OUT; nan for NaN.")
 @click.option("--co", metavar="KEY=VALUE", multiple=True, callback=_creation_options, help="GDAL creation option.")
 @click.option("--cog", is_flag=True, help="Write a Cloud Optimized GeoTIFF.")
+@click.option("--local-only", is_flag=True, help="Refuse sources that need a network or run code.")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @_precision_option
-@click.option("--preview", metavar="PNG", type=click.Path(), help="Write a picture of the result too.")
+@click.option("--preview", metavar="PICTURE", type=click.Path(), help="Write a picture (.png, .jpg) of the result too.")
 @_sampling_options
 @click.option(
     "--uncertainty",
@@ -323,11 +336,27 @@ def train() -> None:
 @click.option("--overlap", default=4, show_default=True, help="Low-resolution pixels shared by neighbouring patches.")
 @click.option("--valid-out", type=click.Path(dir_okay=False), help="File for patches of the scene's right part.")
 @click.option("--valid-share", default=0.2, show_default=True, help="Share of the columns that goes to --valid-out.")
-@click.option("--nodata", type=float, help="Value without a pixel, over what the files declare.")
-@click.option("--shift", type=(int, int), default=(0, 0), help="Rows and columns by which PAN must move to lie on MS.")
-def simulate(pan: str, ms: str, out: str, **options: Any) -> None:
+@click.option("--bands", metavar="N,N,...", callback=_bands, help="MS bands to use, from 1 [default: all].")
+@click.option("--nodata", type=float, help="Value without data where a file declares none; nan for NaN.")
+@click.option(
+    "--shift",
+    metavar="DY,DX",
+    callback=_numbers,
+    help="Displacement of MS against PAN in PAN pixels, down and right positive: MS shows at p + (DY, DX) what PAN "
+    "shows at p. PAN is moved by it; fractions are allowed  [default: 0,0].",
+)
+@click.option(
+    "--phase",
+    metavar="P or PY,PX",
+    callback=_numbers,
+    help="PAN index of the first MS pixel's centre within its area  [default: (ratio - 1) / 2].",
+)
+@click.option("--local-only", is_flag=True, help="Refuse sources that need a network or run code.")
+def simulate(pan: str, ms: str, out: str, shift: tuple[float, float] | None, **options: Any) -> None:
     """Make training patches OUT (HDF5) from two GeoTIFFs by Wald's protocol."""
-    counts = importlib.import_module("pansharp_fast.data.simulate").simulate(pan, ms, out, **options)
+    counts = importlib.import_module("pansharp_fast.data.simulate").simulate(
+        pan, ms, out, shift=shift or (0, 0), **options
+    )
     for path, count in counts.items():
         click.echo(f"{path}: {count} patches")
 

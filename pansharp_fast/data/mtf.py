@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .resample import check_image, check_ratio, imresize
+from .resample import check_image, check_whole_ratio, imresize
 from .sensors import Sensor, get_sensor
 
 _SIZE = 41
@@ -36,7 +36,7 @@ def mtf_kernel(gains: Sequence[float], ratio: int = 4) -> torch.Tensor:
 
     Args:
         gains: amplitudes in (0, 1), one per band.
-        ratio: a power of two above 1.
+        ratio: a whole number above 1.
 
     Returns:
         [bands, 41, 41], float64.
@@ -44,7 +44,7 @@ def mtf_kernel(gains: Sequence[float], ratio: int = 4) -> torch.Tensor:
     Raises:
         ValueError: a gain or the ratio is out of range.
     """
-    check_ratio(ratio)
+    check_whole_ratio(ratio)
     if not all(0 < gain < 1 for gain in gains):
         raise ValueError(f"gains: expected numbers between 0 and 1, got {tuple(gains)}")
     return torch.from_numpy(np.stack([_kernel(float(gain), ratio) for gain in gains]))
@@ -59,7 +59,7 @@ def mtf_filter(x: torch.Tensor, sensor: str | Sensor = "default", ratio: int = 4
     Args:
         x: [B, C, H, W], floating point.
         sensor: name or `Sensor`; its gains must fit C bands.
-        ratio: a power of two above 1.
+        ratio: a whole number above 1.
         pan: use the PAN gain for every band.
 
     Returns:
@@ -85,12 +85,12 @@ def mtf_filter(x: torch.Tensor, sensor: str | Sensor = "default", ratio: int = 4
 
 
 def decimate(x: torch.Tensor, ratio: int = 4) -> torch.Tensor:
-    """Every `ratio`-th pixel from `ratio`/2 on, the grid that `interp23` starts from: [B, C, H/ratio, W/ratio].
+    """Every `ratio`-th pixel from `ratio // 2` on, the grid that `interp23` starts from: [B, C, H/ratio, W/ratio].
 
     Raises:
-        ValueError: `ratio` is no power of two above 1 or does not divide a side.
+        ValueError: `ratio` is no whole number above 1 or does not divide a side.
     """
-    check_ratio(ratio)
+    check_whole_ratio(ratio)
     height, width = x.shape[-2:]
     if height % ratio or width % ratio:
         raise ValueError(f"x: expected sides divisible by {ratio}, got {height} x {width}")
@@ -109,7 +109,7 @@ def degrade(
         ms: [B, C, h, w], floating point.
         pan: [B, 1, H, W], floating point; its own size, usually `ratio` times that of `ms`.
         sensor: name or `Sensor`; its gains must fit C bands.
-        ratio: a power of two above 1 that divides every side.
+        ratio: a whole number above 1 that divides every side.
         pan_filter: "imresize", or "mtf" for the MTF filter of PAN and every `ratio`-th pixel.
 
     Returns:

@@ -17,6 +17,7 @@ from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError, TransformError
+from rasterio.fill import fillnodata
 from rasterio.io import DatasetReader
 from rasterio.transform import GCPTransformer, RPCTransformer
 from rasterio.warp import transform as reproject
@@ -28,6 +29,8 @@ from .grid import SNAP, aligned_phase, check_ratio, fit_ratio, snap
 STRAIGHT = 0.02
 #: MS pixels beyond PAN's edge that are read where MS has to be resampled.
 MARGIN = 32
+#: Pixels up to which void ones are filled from their surroundings.
+FILL_DISTANCE = 64
 #: MS pixels by which control points or RPCs may put MS beside PAN: beyond, a warning; far beyond, an error.
 APART, FAR_APART = 2, 16
 
@@ -250,6 +253,26 @@ def _reproject(source: CRS, target: CRS, xs: Places, ys: Places) -> tuple[Places
     except CPLE_BaseError:  # PROJ gives up on some points and calls others infinite
         return np.full(len(xs), np.inf), np.full(len(xs), np.inf)
     return np.array(x), np.array(y)
+
+
+def fill(values: Values, valid: Valid) -> Values:
+    """Void pixels replaced from their surroundings, so that filters do not carry a border into the data.
+
+    Args:
+        values: [C, H, W].
+        valid: where they hold data, [C, H, W] or one [H, W] for all.
+
+    Returns:
+        [C, H, W]; up to 64 pixels from data interpolated from it, beyond the mean; 0 where a band is void throughout.
+    """
+    filled = []
+    for image, mask in zip(values, np.broadcast_to(valid, values.shape), strict=True):
+        if mask.all() or not mask.any():
+            filled.append(image if mask.all() else np.zeros_like(image))
+            continue
+        start = np.where(mask, image, image[mask].mean(dtype=np.float64).astype(np.float32))
+        filled.append(fillnodata(start, mask=mask, max_search_distance=FILL_DISTANCE))
+    return np.stack(filled)
 
 
 class RasterPair:

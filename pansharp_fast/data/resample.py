@@ -30,6 +30,12 @@ def check_ratio(ratio: int) -> None:
         raise ValueError(f"ratio: expected a power of two above 1, got {ratio}")
 
 
+def check_whole_ratio(ratio: int) -> None:
+    """Raise unless `ratio` is a whole number above 1."""
+    if ratio < 2 or ratio != int(ratio):
+        raise ValueError(f"ratio: expected a whole number above 1, got {ratio}")
+
+
 def _double(x: torch.Tensor, dim: int, first: bool) -> torch.Tensor:
     """Twice the samples along `dim`: old ones at odd positions (first stage) or even ones, circular border."""
     n, reach = x.shape[dim], len(_TAPS)

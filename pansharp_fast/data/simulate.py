@@ -2,45 +2,158 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from ..files import atomic, check_distinct, check_target
+from .grid import aligned_phase
 from .mtf import degrade
-from .pairs import RATIO, Pair, read_pair
-from .resample import interp23
+from .rasters import RasterPair, fill
+from .resample import imresize, interp23
+from .resample import shift as move
 from .sensors import Sensor, get_sensor
+from .sources import check_local, source_files
+
+#: Pixels over which a move by fractions of a pixel spreads what is void.
+_REACH = 8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One scene in memory, PAN where MS lies: MS pixel k covers PAN pixels ratio*k to ratio*k + ratio - 1.
+
+    Attributes:
+        pan: [ratio*h, ratio*w], float32 digital numbers; void pixels are filled from their surroundings.
+        ms: [bands, h, w], float32 digital numbers; void pixels are filled, band by band.
+        valid: [h, w], bool: every band of the MS pixel and all of its PAN pixels hold data.
+        band_names: descriptions of the MS bands in the file, "" where it has none.
+        ratio: PAN pixels per MS pixel.
+    """
+
+    pan: np.ndarray
+    ms: np.ndarray
+    valid: np.ndarray
+    band_names: tuple[str, ...]
+    ratio: int = 4
+
+
+def read_pair(
+    pan: str | os.PathLike[str],
+    ms: str | os.PathLike[str],
+    *,
+    bands: Sequence[int] | None = None,
+    nodata: float | None = None,
+    phase: float | tuple[float, float] | None = None,
+    shift: tuple[float, float] = (0, 0),
+) -> Pair:
+    """Read the part that a PAN and an MS raster share, on MS's own grid; PAN is moved to lie on it.
+
+    Args:
+        pan: see `rasters.RasterPair`, as the four arguments that follow.
+        ms: its grid may differ from PAN's in place, orientation and CRS.
+        bands: MS bands, counted from 1; None is all.
+        nodata: value without data where a file declares none.
+        phase: (row, column), PAN pixels.
+        shift: displacement (rows, columns) of MS against PAN, in PAN pixels, down and right positive: MS shows at p +
+            shift what PAN shows at p. PAN is moved by it. Fractions go by a phase ramp (`data.shift`).
+
+    Raises:
+        ValueError: as `rasters.RasterPair`; the ratio is no whole number from 2 to 8; or PAN covers no MS pixel.
+        OSError: a file cannot be read.
+    """
+    with RasterPair(pan, ms, bands=bands, nodata=nodata, phase=phase) as pair:
+        ratio = round(pair.ratio[0])
+        if pair.ratio != (ratio, ratio) or not 2 <= ratio <= 8:
+            raise ValueError(
+                f"ratio: expected a whole number from 2 to 8, got {pair.ratio[0]:.6g} x {pair.ratio[1]:.6g}"
+            )
+        # Where on PAN the area of MS pixel 0 begins, and which MS pixels PAN reaches.
+        starts = [p - aligned_phase(ratio) - d for p, d in zip(pair.phase, shift, strict=True)]
+        whole = [round(start) if abs(start - round(start)) < 1e-3 else math.floor(start) for start in starts]
+        ends = (pair.ms_height, pair.ms_width)
+        first = [max(0, math.ceil(-(start + ratio - 1) / ratio)) for start in whole]
+        last = [
+            min(end, math.ceil((size - start) / ratio))
+            for end, size, start in zip(ends, pair.pan_file.shape, whole, strict=True)
+        ]
+        height, width = (stop - start for start, stop in zip(first, last, strict=True))
+        if height < 1 or width < 1:
+            raise ValueError(
+                f"MS: expected to overlap PAN, got its first area at row {starts[0]:g}, column {starts[1]:g}"
+            )
+        values, holds = pair.read_ms(first[0], first[1], height, width)
+        names = tuple(pair.ms_file.descriptions[band - 1] or "" for band in pair.bands)
+        top, left = (start + ratio * index for start, index in zip(whole, first, strict=True))
+        rest = [start - part for start, part in zip(starts, whole, strict=True)]
+        border = [_REACH if abs(part) > 1e-3 else 0 for part in rest]
+        image, pan_holds = pair.read_pan(
+            top - border[0], left - border[1], ratio * height + 2 * border[0], ratio * width + 2 * border[1]
+        )
+    image = fill(image, pan_holds)
+    if any(border):
+        moved = move(
+            torch.from_numpy(image)[None].double(),
+            *(-part if at else 0.0 for part, at in zip(rest, border, strict=True)),
+        )
+        image = moved[0].float().numpy()
+        spread = F.max_pool2d(
+            torch.from_numpy(~pan_holds).float()[None, None],
+            [2 * at + 1 for at in border],
+            stride=1,
+            padding=border,
+        )
+        pan_holds = spread[0, 0].numpy() == 0
+    inner = np.s_[border[0] : border[0] + ratio * height, border[1] : border[1] + ratio * width]
+    image, pan_holds = image[0][inner], pan_holds[inner]
+    blocks = pan_holds.reshape(height, ratio, width, ratio).all((1, 3))
+    return Pair(image, fill(values, holds), np.asarray(holds.all(0) & blocks), names, ratio)
 
 
 def simulate_pair(pair: Pair, sensor: str | Sensor) -> dict[str, np.ndarray]:
-    """Degrade a scene four times, so that its MS can serve as ground truth.
+    """Degrade a scene by its ratio, so that its MS can serve as ground truth.
 
-    L. Wald et al., PE&RS 1997, as PanCollection does it: MS through the sensor's MTF, then rows and columns 2, 6, 10,
-    ...; PAN by antialiased bicubic reduction (`data.degrade`).
+    L. Wald et al., PE&RS 1997, as PanCollection does it: MS through the sensor's MTF, then for ratio 4 rows and columns
+    2, 6, 10, ...; PAN by antialiased bicubic reduction (`data.degrade`).
+
+    Args:
+        pair: a scene.
+        sensor: name or `Sensor`, for the MTF.
 
     Returns:
-        gt [C, h, w] float32, ms [C, h/4, w/4] and pan [1, h, w] float32 unrounded, lms [C, h, w] (`data.interp23`),
-        valid [h/4, w/4] bool: the pixel and its surroundings within 4 MS pixels hold no nodata. h and w are the MS
-        sizes, cut to multiples of 4.
+        gt [C, h, w] float32, ms [C, h/r, w/r] and pan [1, h, w] float32 unrounded, lms [C, h, w] (`data.interp23`;
+        cubic where the ratio r is no power of two), valid [h/r, w/r] bool: the pixel and its surroundings within r MS
+        pixels hold data. h and w are the MS sizes, cut to multiples of r.
 
     Raises:
-        ValueError: the sensor has another number of bands, or the scene is smaller than 4 x 4 MS pixels.
+        ValueError: the sensor has another number of bands, or the scene is smaller than r x r MS pixels.
     """
-    height, width = (extent // RATIO * RATIO for extent in pair.valid.shape)
+    ratio = pair.ratio
+    height, width = (extent // ratio * ratio for extent in pair.valid.shape)
     if not height or not width:
-        raise ValueError(f"MS: expected at least {RATIO} x {RATIO} pixels, got {pair.valid.shape}")
+        raise ValueError(
+            f"MS: expected at least {ratio} x {ratio} pixels on PAN, got {pair.valid.shape[0]} x {pair.valid.shape[1]}"
+        )
     gt = torch.from_numpy(pair.ms[:, :height, :width])[None]
-    pan = torch.from_numpy(pair.pan[: RATIO * height, : RATIO * width])[None, None]
-    ms, reduced = degrade(gt.double(), pan.double(), sensor)
-    blocks = pair.valid[:height, :width].reshape(height // RATIO, RATIO, width // RATIO, RATIO).all((1, 3))
+    pan = torch.from_numpy(pair.pan[: ratio * height, : ratio * width])[None, None]
+    ms, reduced = degrade(gt.double(), pan.double(), sensor, ratio)
+    blocks = pair.valid[:height, :width].reshape(height // ratio, ratio, width // ratio, ratio).all((1, 3))
     bad = torch.from_numpy(~blocks).float()[None, None]
     # The filters reach 20 pixels: about one low-resolution pixel in effect, five by the letter.
     bad = torch.nn.functional.max_pool2d(bad, 3, stride=1, padding=1)[0, 0].bool()
-    images = {"gt": gt, "ms": ms, "pan": reduced, "lms": interp23(ms)}
+    if ratio & (ratio - 1):
+        off = ratio // 2 - aligned_phase(ratio)
+        lms = move(imresize(ms, ratio), off, off)
+    else:
+        lms = interp23(ms, ratio)
+    images = {"gt": gt, "ms": ms, "pan": reduced, "lms": lms}
     return {name: image[0].float().numpy() for name, image in images.items()} | {"valid": ~bad.numpy()}
 
 
@@ -49,15 +162,16 @@ def patches(images: dict[str, np.ndarray], size: int, overlap: int) -> Iterator[
 
     Args:
         images: what `simulate_pair` returns.
-        size: a multiple of 4.
-        overlap: below size / 4.
+        size: a multiple of the ratio.
+        overlap: below size / ratio.
 
     Raises:
         ValueError: size or overlap is out of range.
     """
-    side = size // RATIO
-    if size % RATIO or side < 1:
-        raise ValueError(f"patch: expected a multiple of {RATIO}, got {size}")
+    ratio = images["gt"].shape[-1] // images["ms"].shape[-1]
+    side = size // ratio
+    if size % ratio or side < 1:
+        raise ValueError(f"patch: expected a multiple of {ratio}, got {size}")
     if not 0 <= overlap < side:
         raise ValueError(f"overlap: expected 0 to {side - 1} low-resolution pixels, got {overlap}")
     height, width = images["valid"].shape
@@ -65,12 +179,19 @@ def patches(images: dict[str, np.ndarray], size: int, overlap: int) -> Iterator[
         for x in range(0, width - side + 1, side - overlap):
             if images["valid"][y : y + side, x : x + side].all():
                 low = np.s_[:, y : y + side, x : x + side]
-                high = np.s_[:, RATIO * y : RATIO * (y + side), RATIO * x : RATIO * (x + side)]
+                high = np.s_[:, ratio * y : ratio * (y + side), ratio * x : ratio * (x + side)]
                 yield {name: images[name][low if name == "ms" else high] for name in ("gt", "ms", "lms", "pan")}
 
 
 def write_pancollection(path: str | os.PathLike[str], samples: list[dict[str, np.ndarray]], sensor: Sensor) -> None:
     """Write samples in the PanCollection layout; the file appears whole or not at all.
+
+    Attributes of the file: `sensor`, `max_value`, `ratio`, and `phase`, the PAN index of the first ms pixel's centre.
+
+    Args:
+        path: HDF5 file.
+        samples: arrays of equal shapes by name; ms [C, h, w], pan [1, r*h, r*w].
+        sensor: what the samples are of.
 
     Raises:
         ValueError: there is no sample.
@@ -78,16 +199,11 @@ def write_pancollection(path: str | os.PathLike[str], samples: list[dict[str, np
     """
     if not samples:
         raise ValueError("patch: expected a size that fits between nodata and the borders, got no patch at all")
-    path = Path(path)
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with h5py.File(temporary, "w") as file:
-            for name in samples[0]:
-                file[name] = np.stack([sample[name] for sample in samples])
-            file.attrs.update(sensor=sensor.name, max_value=sensor.peak, ratio=RATIO)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    ratio = samples[0]["pan"].shape[-1] // samples[0]["ms"].shape[-1]
+    with atomic(path) as part, h5py.File(part, "w") as file:
+        for name in samples[0]:
+            file[name] = np.stack([sample[name] for sample in samples])
+        file.attrs.update(sensor=sensor.name, max_value=sensor.peak, ratio=ratio, phase=float(ratio // 2))
 
 
 def simulate(
@@ -100,46 +216,59 @@ def simulate(
     overlap: int = 4,
     valid_out: str | os.PathLike[str] | None = None,
     valid_share: float = 0.2,
+    bands: Sequence[int] | None = None,
     nodata: float | None = None,
-    shift: tuple[int, int] = (0, 0),
+    phase: float | tuple[float, float] | None = None,
+    shift: tuple[float, float] = (0, 0),
+    local_only: bool = False,
 ) -> dict[str, int]:
-    """Make a training file, and a validation file of another part of the scene, from two GeoTIFFs.
+    """Make a training file, and a validation file of another part of the scene, from two rasters.
 
     Args:
-        pan, ms, nodata, shift: see `data.read_pair`.
+        pan: see `read_pair`.
+        ms: see `read_pair`.
         out: PanCollection HDF5 file with gt, ms, lms, pan.
         sensor: name or `Sensor`, for the MTF.
-        patch: side of a patch in gt pixels (that is, native MS pixels), a multiple of 4.
+        patch: side of a patch in gt pixels (that is, native MS pixels), a multiple of the ratio.
         overlap: low-resolution pixels that neighbouring patches share.
         valid_out: file for the patches of the scene's right part, of which `out` then holds nothing.
         valid_share: share of the columns that goes there.
+        bands: see `read_pair`.
+        nodata: see `read_pair`.
+        phase: see `read_pair`.
+        shift: see `read_pair`.
+        local_only: refuse sources that are not local files.
 
     Returns:
         Number of patches in each file written.
 
     Raises:
-        ValueError, OSError: an argument or a file is none of the above, or a file exists already.
+        ValueError: an argument or a raster is none of the above, or a file is another's.
+        OSError: a file cannot be read or written, or exists.
     """
     sensor = get_sensor(sensor)
-    outputs = [Path(path) for path in (out, valid_out) if path is not None]
-    for path in outputs:
-        if path.exists():
-            raise ValueError(f"{path}: expected a new file, got one that exists")
-    images = simulate_pair(read_pair(pan, ms, nodata=nodata, shift=shift), sensor)
+    outputs = {name: Path(path) for name, path in (("OUT", out), ("valid_out", valid_out)) if path is not None}
+    for name, path in outputs.items():
+        check_target(name, path, False)
+    if local_only:
+        check_local("PAN", pan)
+        check_local("MS", ms)
+    check_distinct(outputs, {"PAN": source_files(pan), "MS": source_files(ms)})
+    images = simulate_pair(read_pair(pan, ms, bands=bands, nodata=nodata, phase=phase, shift=shift), sensor)
     parts = [images]
     if valid_out is not None:
         if not 0 < valid_share < 1:
             raise ValueError(f"valid_share: expected a number between 0 and 1, got {valid_share}")
-        width = images["valid"].shape[1]
+        width, ratio = images["valid"].shape[1], images["gt"].shape[-1] // images["valid"].shape[1]
         cut = width - round(width * valid_share)
         parts = [
-            {name: v[..., :cut] if v.shape[-1] == width else v[..., : RATIO * cut] for name, v in images.items()},
-            {name: v[..., cut:] if v.shape[-1] == width else v[..., RATIO * cut :] for name, v in images.items()},
+            {name: v[..., :cut] if v.shape[-1] == width else v[..., : ratio * cut] for name, v in images.items()},
+            {name: v[..., cut:] if v.shape[-1] == width else v[..., ratio * cut :] for name, v in images.items()},
         ]
-    found = [list(patches(part, patch, overlap)) for part in parts]
-    for path, samples in zip(outputs, found, strict=True):
-        if not samples:
+    samples = [list(patches(part, patch, overlap)) for part in parts]
+    for path, some in zip(outputs.values(), samples, strict=True):
+        if not some:
             raise ValueError(f"patch: expected a size that fits {path.name}'s part of the scene, got {patch}")
-    for path, samples in zip(outputs, found, strict=True):
-        write_pancollection(path, samples, sensor)
-    return {str(path): len(samples) for path, samples in zip(outputs, found, strict=True)}
+    for path, some in zip(outputs.values(), samples, strict=True):
+        write_pancollection(path, some, sensor)
+    return {str(path): len(some) for path, some in zip(outputs.values(), samples, strict=True)}

@@ -14,6 +14,7 @@ import rasterio
 import torch
 from torch import Tensor
 
+from ..data.sources import check_local
 from ..options import DTYPES, expect
 from . import tiles
 from .arrays import Sharpener, SharpeningModel
@@ -72,6 +73,7 @@ def sharpen_scene(
     cog: bool = False,
     creation_options: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    local_only: bool = False,
     device: str | torch.device | None = None,
     precision: str = "float32",
     preview: str | Path | None = None,
@@ -91,6 +93,7 @@ def sharpen_scene(
         cog: write a Cloud Optimized GeoTIFF.
         creation_options: for GDAL's driver, such as {"COMPRESS": "ZSTD"}.
         overwrite: replace existing files.
+        local_only: refuse sources that are not local files.
         preview: PNG or JPEG of the result to write as well.
         architecture, sampling: see `Sharpener`.
         uncertainty: float32 GeoTIFF of a diffusion model's uncertainty to write as well, in digital numbers.
@@ -107,6 +110,9 @@ def sharpen_scene(
     tiles.check(tile, overlap)
     if dtype is not None:
         expect("dtype", dtype, DTYPES)
+    if local_only:
+        check_local("PAN", pan)
+        check_local("MS", ms)
     creation_options = dict(creation_options or {})
     check_outputs(
         {"OUT": out, "uncertainty": uncertainty, "preview": preview},

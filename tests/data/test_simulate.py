@@ -3,22 +3,24 @@
 import h5py
 import numpy as np
 import pytest
+import rasterio
 import torch
+from affine import Affine
 from click.testing import CliRunner
+from rasterio.enums import ColorInterp
+from scipy import ndimage
 
 from pansharp_fast.cli import main
 from pansharp_fast.data.mtf import decimate, mtf_filter
-from pansharp_fast.data.pairs import read_pair
 from pansharp_fast.data.resample import imresize, interp23
-from pansharp_fast.data.simulate import patches, simulate, simulate_pair
+from pansharp_fast.data.simulate import patches, read_pair, simulate, simulate_pair
 
-rasterio = pytest.importorskip("rasterio")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 
-def write(path, image, nodata=None, names=()):
+def write(path, image, nodata=None, names=(), **options):
     profile = {"driver": "GTiff", "count": image.shape[0], "height": image.shape[1], "width": image.shape[2]}
-    with rasterio.open(path, "w", dtype=image.dtype.name, nodata=nodata, **profile) as file:
+    with rasterio.open(path, "w", dtype=image.dtype.name, nodata=nodata, **profile, **options) as file:
         file.write(image)
         for index, name in enumerate(names, 1):
             file.set_band_description(index, name)
@@ -74,6 +76,155 @@ def test_command_writes_two_parts_that_share_nothing(scene):
     assert "expected a new file" in again.output
 
 
+@pytest.mark.parametrize("ratio", [2, 3, 4, 6, 8])
+def test_other_ratios(tmp_path, ratio):
+    """gt keeps MS's pixels; ms, lms and pan lie where ratio and phase of the file say."""
+    side = ratio * 16
+    y = np.arange(side * ratio)[:, None] / ratio
+    x = np.arange(side * ratio) / ratio
+    wave = (500 + 200 * np.sin(y / (3 * ratio)) * np.cos(x / (4 * ratio) + 1)).astype(np.float32)
+    ms = wave.reshape(side, ratio, side, ratio).mean((1, 3))
+    write(tmp_path / "pan.tif", wave[None])
+    write(tmp_path / "ms.tif", np.stack([ms] * 4))
+    simulate(tmp_path / "pan.tif", tmp_path / "ms.tif", tmp_path / "t.h5", sensor="QB", patch=4 * ratio, overlap=0)
+    with h5py.File(tmp_path / "t.h5") as file:
+        assert file.attrs["ratio"] == ratio
+        assert file.attrs["phase"] == ratio // 2
+        assert file["gt"].shape == (16, 4, 4 * ratio, 4 * ratio)
+        assert file["ms"].shape == (16, 4, 4, 4)
+        np.testing.assert_array_equal(file["gt"][5], [ms[4 * ratio : 8 * ratio, 4 * ratio : 8 * ratio]] * 4)
+        sample = {name: file[name][5] for name in file}
+    np.testing.assert_allclose(sample["pan"][0], sample["gt"][0], atol=4)
+    half = ratio // 2
+    np.testing.assert_allclose(sample["ms"], sample["gt"][:, half::ratio, half::ratio], atol=10)
+    np.testing.assert_allclose(sample["lms"], sample["gt"], atol=12)
+
+
+GRID = Affine(0.5, 0, 500000, 0, -0.5, 5000000)
+MS_GRID = GRID * Affine.scale(4)
+
+
+def landscape(side, ratio=4, seed=0):
+    """PAN [1, side, side] and MS [4, side/ratio, side/ratio] whose areas lie on each other."""
+    rng = np.random.default_rng(seed)
+    pan = ndimage.gaussian_filter(rng.uniform(0, 4000, (side, side)), 3).astype(np.float32)
+    ms = pan.reshape(side // ratio, ratio, side // ratio, ratio).mean((1, 3))
+    return pan[None], np.stack([ms * (k + 1) for k in range(4)])
+
+
+def both(folder, pan, ms, pan_grid=GRID, ms_grid=MS_GRID, **options):
+    write(folder / "pan.tif", pan, transform=pan_grid, crs="EPSG:32633")
+    write(folder / "ms.tif", ms, **{"transform": ms_grid, "crs": "EPSG:32633", **options})
+    return folder / "pan.tif", folder / "ms.tif"
+
+
+def in_place(pair, tolerance=0.5):
+    """PAN's means over MS pixels are MS's first band wherever both hold data."""
+    means = pair.pan.reshape(pair.ms.shape[1], pair.ratio, pair.ms.shape[2], pair.ratio).mean((1, 3))
+    assert pair.valid.any()
+    assert np.abs(means - pair.ms[0])[pair.valid].max() <= tolerance
+
+
+def test_ms_that_begins_elsewhere(tmp_path):
+    pan, ms = landscape(160)
+    paths = both(tmp_path, pan[:, :100], ms[:, 6:, 3:], ms_grid=GRID * Affine.scale(4) * Affine.translation(3, 6))
+    pair = read_pair(*paths)
+    assert pair.ms.shape == (4, 19, 37)
+    assert pair.valid.all()
+    in_place(pair)
+    paths = both(tmp_path, pan[:, 40:, 20:], ms, pan_grid=GRID * Affine.translation(20, 40))
+    pair = read_pair(*paths)
+    assert pair.ms.shape == (4, 30, 35)
+    assert pair.valid.all()
+    in_place(pair)
+
+
+def test_ms_south_up_and_mirrored(tmp_path):
+    pan, ms = landscape(160)
+    for rows, columns in ((-1, 1), (1, -1), (-1, -1)):
+        grid = GRID * Affine.scale(4) * Affine.translation(40 * (columns < 0), 40 * (rows < 0))
+        paths = both(tmp_path, pan, ms[:, ::rows, ::columns], ms_grid=grid * Affine.scale(columns, rows))
+        pair = read_pair(*paths)
+        np.testing.assert_array_equal(pair.ms, ms)
+        in_place(pair)
+
+
+def test_grids_apart_by_fractions_of_a_pixel(tmp_path):
+    """PAN whose pixels begin .3 down and .6 left of MS's is moved onto MS; MS's pixels stay as they are."""
+    rng = np.random.default_rng(0)
+    fine = ndimage.gaussian_filter(rng.uniform(0, 40000, (1600, 1600)), 20, mode="wrap").astype(np.float32)
+
+    def pixels(size, move):
+        """Means over squares of size tenths of a PAN pixel; pixel 0 begins at `move` tenths."""
+        return np.roll(fine, [-m for m in move], (0, 1)).reshape(1600 // size, size, 1600 // size, size).mean((1, 3))
+
+    ms = np.stack([pixels(40, (0, 0))] * 4)
+    pair = read_pair(*both(tmp_path, pixels(10, (3, -6))[None], ms, pan_grid=GRID * Affine.translation(-0.6, 0.3)))
+    np.testing.assert_array_equal(pair.ms, ms)
+    assert pair.valid[3:-3, 3:-3].all()
+    assert not pair.valid[0].any(), "PAN begins below its first row"
+    straight = pixels(10, (0, 0))
+    assert np.abs(pair.pan - straight)[12:-12, 12:-12].max() < 0.01 * np.ptp(straight)
+    in_place(pair, 0.01 * np.ptp(straight))
+    moved = read_pair(*both(tmp_path, pixels(10, (5, -14))[None], ms), shift=(0.5, -1.4))
+    assert np.abs(moved.pan - straight)[12:-12, 12:-12].max() < 0.01 * np.ptp(straight)
+
+
+def test_ms_in_another_crs(tmp_path):
+    pan, ms = landscape(160)
+    paths = both(tmp_path, pan, ms, crs="EPSG:32632")
+    with pytest.raises(ValueError, match="MS: expected to overlap PAN"):
+        read_pair(*paths)
+
+
+def test_masks_and_alpha_stay_out(tmp_path):
+    pan, ms = landscape(160)
+    hole = np.zeros((40, 40), bool)
+    hole[:, :15] = True
+    empty = np.where(hole, 0, ms)
+    paths = both(tmp_path, pan, empty)
+    with rasterio.open(paths[1], "r+") as file:
+        file.write_mask(~hole)
+    np.testing.assert_array_equal(read_pair(*paths).valid, ~hole)
+    both(tmp_path, pan, np.concatenate([empty, np.where(hole, 0, 255)[None]]).astype(np.float32))
+    with rasterio.open(paths[1], "r+") as file:
+        file.colorinterp = [*file.colorinterp[:4], ColorInterp.alpha]
+    pair = read_pair(*paths)
+    assert len(pair.ms) == 4
+    np.testing.assert_array_equal(pair.valid, ~hole)
+    images = simulate_pair(pair, "QB")
+    assert all(patch["gt"].min() > 0 for patch in patches(images, 8, 0))
+
+
+@pytest.mark.parametrize("size", [(159, 158), (157, 160), (162, 161)])
+def test_sizes_of_pan_that_are_no_multiples(tmp_path, size):
+    pan, ms = landscape(160)
+    padded = np.pad(pan, ((0, 0), (0, 4), (0, 4)), mode="edge")[:, : size[0], : size[1]]
+    for options in ({}, {"crs": None, "transform": None}):
+        write(tmp_path / "pan.tif", padded, **{"transform": GRID, "crs": "EPSG:32633", **options})
+        write(tmp_path / "ms.tif", ms, **{"transform": GRID * Affine.scale(4), "crs": "EPSG:32633", **options})
+        pair = read_pair(tmp_path / "pan.tif", tmp_path / "ms.tif")
+        whole = [min(length // 4, 40) for length in size]
+        assert pair.valid[: whole[0], : whole[1]].all()
+        assert pair.valid.sum() == whole[0] * whole[1]
+        in_place(pair)
+
+
+def test_outputs_are_neither_inputs_nor_each_other(scene):
+    folder, _, _ = scene
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    paths = folder / "pan.tif", folder / "ms.tif"
+    with pytest.raises(ValueError, match="valid_out: expected another file than OUT"):
+        simulate(*paths, folder / "a.h5", sensor="QB", valid_out=folder / "a.h5")
+    with pytest.raises(FileExistsError, match="OUT: expected a new file"):
+        simulate(*paths, paths[0], sensor="QB")
+    with pytest.raises(FileNotFoundError, match="valid_out: expected an existing folder"):
+        simulate(*paths, folder / "a.h5", sensor="QB", valid_out=folder / "none" / "b.h5")
+    with pytest.raises(ValueError, match="PAN: expected local files, got"):
+        simulate("/vsicurl/http://localhost:9/a.tif", paths[1], folder / "a.h5", sensor="QB", local_only=True)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_nodata_and_nan_stay_out(tmp_path):
     ms = np.full((4, 64, 64), 100, np.float32)
     ms += np.arange(64, dtype=np.float32)
@@ -82,7 +233,9 @@ def test_nodata_and_nan_stay_out(tmp_path):
     pan[0, 200, 210] = np.nan
     write(tmp_path / "ms.tif", ms, nodata=-9999)
     write(tmp_path / "pan.tif", pan, nodata=-9999)
-    pair = read_pair(tmp_path / "pan.tif", tmp_path / "ms.tif")
+    with pytest.raises(ValueError, match="PAN: expected finite values or declared nodata"):
+        read_pair(tmp_path / "pan.tif", tmp_path / "ms.tif")
+    pair = read_pair(tmp_path / "pan.tif", tmp_path / "ms.tif", nodata=np.nan)
     assert np.argwhere(~pair.valid).tolist() == [[20, 20], [50, 52]]
     images = simulate_pair(pair, "QB")
     assert np.argwhere(~images["valid"]).tolist() == [
@@ -93,7 +246,8 @@ def test_nodata_and_nan_stay_out(tmp_path):
         assert np.isfinite(patch["pan"]).all()
 
 
-def test_shift_moves_pan_onto_ms(tmp_path):
+def test_shift_is_the_displacement_of_ms(tmp_path):
+    """MS shows at p + shift what PAN shows at p: PAN is moved down and right by it."""
     rng = np.random.default_rng(0)
     content = rng.uniform(1, 2047, (1, 64 + 8, 64 + 8)).astype(np.float32)
     write(tmp_path / "pan.tif", content[:, 4 + 3 : 68 + 3, 4 - 2 : 68 - 2])  # lies 3 rows up and 2 columns right
@@ -129,10 +283,10 @@ def test_refusals_leave_nothing_behind(scene, options, message):
 def test_refused_pairs(scene):
     folder, pan, _ = scene
     write(folder / "two.tif", np.concatenate([pan, pan]))
-    write(folder / "half.tif", pan[:, ::2, ::2])
-    with pytest.raises(ValueError, match="PAN: expected one band, got 2"):
+    write(folder / "cut.tif", pan[:, :240])
+    with pytest.raises(ValueError, match="PAN: expected 1 band, got 2"):
         read_pair(folder / "two.tif", folder / "ms.tif")
-    with pytest.raises(ValueError, match="PAN: expected 264 x 328 pixels, 4 times those of MS, got 132 x 164"):
-        read_pair(folder / "half.tif", folder / "ms.tif")
-    with pytest.raises(rasterio.errors.RasterioIOError):
+    with pytest.raises(ValueError, match="MS: expected sizes that stand to PAN's 240 x 328 in one ratio, got 66 x 82"):
+        read_pair(folder / "cut.tif", folder / "ms.tif")
+    with pytest.raises(OSError, match="PAN: expected a readable raster, got"):
         read_pair(folder / "none.tif", folder / "ms.tif")
