@@ -80,6 +80,15 @@ def check_distinct(outputs: Mapping[str, Name | None], inputs: Mapping[str, Iter
                 raise ValueError(f"{name}: expected another file than {other}, got {path}")
 
 
+def check_folder(name: str, folder: Name, files: Iterable[str], inputs: Mapping[str, Iterable[Name]]) -> None:
+    """`check_distinct` for `files` that will be written into `folder`, which messages call `name`.
+
+    Raises:
+        ValueError: one of them is an input.
+    """
+    check_distinct({f"{name}: {file}": Path(folder) / file for file in files}, inputs)
+
+
 def _same(output: Path, other: Path) -> bool:
     """Whether `other` is `output`, or a file beside it whose name begins with its name and a dot."""
     if output.exists() and other.exists() and output.samefile(other):

@@ -19,6 +19,7 @@ import torch
 from .. import __version__, metrics
 from ..baselines import BASELINES
 from ..data import Sensor, get_sensor
+from ..files import check_folder
 from ..metrics._common import prepare
 from ..metrics.reduced import gradient
 from ..options import precision as precision_name
@@ -254,6 +255,8 @@ def evaluate(
             "border cut at reduced resolution": cut,
             "version": __version__,
         }
+        inputs = {name: [path] for name, path in (("data", data), ("pan", pan), ("ms", ms)) if path is not None}
+        check_folder("out", folder, FILES, inputs | {"model": [str(model) for model in models]})
         _claim(folder, settings, overwrite)
         records = _read_records(folder / "records.jsonl")
         done = {(r["protocol"], r["scene"], tuple(r["shift"]), r["identity"]) for r in records}
@@ -325,6 +328,10 @@ def evaluate(
         results = report.results(records, list(methods), settings, source.bands, asked, asked == known)
     report.write(folder, results)
     return results
+
+
+#: Files in the folder of an evaluation, its pictures apart.
+FILES = ("settings.json", "records.jsonl", "results.json", "scenes.csv", "summary.md", "report.html", "shift.png")
 
 
 def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:

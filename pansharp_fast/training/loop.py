@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from .. import options
 from ..data.hdf5 import Epochs, PanCollection, Samples
 from ..data.sensors import get_sensor
+from ..files import check_folder
 from .checkpoint import load_optimizer, load_state, optimizer_tensors, save_state
 from .config import TrainConfig
 from .logs import Logs
@@ -130,6 +131,9 @@ class Trainer:
         self.progress = progress and self.rank == 0
         if config.batch_size % self.world:
             raise ValueError(f"batch_size: expected a multiple of {self.world} processes, got {config.batch_size}")
+        names = ("train", "valid", "init", "prior", "teacher")
+        inputs = {name: [path] for name in names if (path := getattr(config, name, None))}
+        check_folder("out", config.out, ("last.safetensors", "best.safetensors"), inputs)
         reading: dict[str, Any] = {"sensor": config.sensor, "peak": config.peak, "lms": recipe.needs_lms}
         self.train_data, self.valid_data = (
             PanCollection(config.train, **reading),

@@ -385,3 +385,12 @@ def test_command_fails_in_one_line(tmp_path, arguments, code, message):
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_no_file_of_the_report_is_an_input(rr, tmp_path):
+    data = tmp_path / "results.json"
+    data.write_bytes(rr[0].read_bytes())
+    with pytest.raises(ValueError, match=r"out: results.json: expected another file than the input, got .* of data"):
+        evaluate(tmp_path, data=data, baselines=["EXP"], **OPTIONS)
+    assert data.read_bytes() == rr[0].read_bytes()
+    assert list(tmp_path.iterdir()) == [data]

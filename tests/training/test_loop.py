@@ -214,3 +214,14 @@ def test_quality_of_known_errors():
     assert measures["ergas"] == pytest.approx(25 * (0.04 / 4) ** 0.5, rel=1e-5)
     cosine = (3 * 0.25 + 0.3) / (1.0 * (3 * 0.25 + 0.36) ** 0.5)
     assert measures["sam"] == pytest.approx(torch.rad2deg(torch.acos(torch.tensor(cosine))).item(), rel=1e-4)
+
+
+def test_a_run_does_not_replace_what_it_starts_from(settings, tmp_path):
+    (tmp_path / "best.safetensors").write_bytes(b"weights")
+    (tmp_path / "soft.safetensors").symlink_to("best.safetensors")
+    for init in ("best.safetensors", "soft.safetensors"):
+        with pytest.raises(
+            ValueError, match=r"out: best.safetensors: expected another file than the input, .* of init"
+        ):
+            trainer(settings, out=str(tmp_path), init=str(tmp_path / init))
+    assert (tmp_path / "best.safetensors").read_bytes() == b"weights"
