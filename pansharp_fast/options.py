@@ -19,6 +19,9 @@ _PRECISION_ALIASES = {"bf16": "bfloat16", "fp32": "float32"}
 SAMPLERS = ("ddim", "dpm++")
 #: What the output of a diffusion network stands for.
 PREDICTIONS = ("sample", "epsilon", "v_prediction")
+#: Which keys PAN-Crafter's branches attend with, and how their neighbours are formed; see `nn.CM3A`.
+ATTENTION_KEYS = ("aligned", "released")
+NEIGHBOURS = ("learned", "shift")
 #: Pixel types of written rasters.
 DTYPES = ("uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
 #: Architectures whose weights sharpen, alone or with a sampler.

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.grid import RATIO, check_pair
-from ..nn.cm3a import ATTENTION_KEYS, CM3A, NEIGHBOURS
+from ..nn.cm3a import CM3A
 from ..nn.convolution import Conv3x3, LayerNorm, mlp, norm_silu_conv
+from ..options import ATTENTION_KEYS, NEIGHBOURS, expect
 
 #: Values of `mode`: which image the network reconstructs.
 PAN_MODE, MS_MODE = 0, 1
@@ -84,8 +85,7 @@ class PANCrafterConfig:
             ("attention_keys", ATTENTION_KEYS),
             ("neighbours", NEIGHBOURS),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+            expect(name, getattr(self, name), allowed)
 
     @property
     def multiple(self) -> int:

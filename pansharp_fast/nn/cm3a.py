@@ -6,11 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.cm3a import cm3a
+from ..options import ATTENTION_KEYS, NEIGHBOURS, expect
 from .convolution import Conv3x3, joined
 from .plain import is_plain_conv
-
-ATTENTION_KEYS = ("aligned", "released")
-NEIGHBOURS = ("learned", "shift")
 
 
 class CM3A(nn.Module):
@@ -56,10 +54,8 @@ class CM3A(nn.Module):
             raise ValueError(f"dim: expected a multiple of num_heads {num_heads}, got {dim}")
         if qk_norm:
             raise ValueError("qk_norm: expected False (no released network uses it), got True")
-        if attention_keys not in ATTENTION_KEYS:
-            raise ValueError(f"attention_keys: expected one of {ATTENTION_KEYS}, got {attention_keys!r}")
-        if neighbours not in NEIGHBOURS:
-            raise ValueError(f"neighbours: expected one of {NEIGHBOURS}, got {neighbours!r}")
+        expect("attention_keys", attention_keys, ATTENTION_KEYS)
+        expect("neighbours", neighbours, NEIGHBOURS)
         for name, size in (("pan_ks", pan_ks), ("ms_ks", ms_ks), ("ka", ka)):
             if size < 1 or size % 2 == 0:
                 raise ValueError(f"{name}: expected an odd size, got {size}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ops import frequency_attention
 from .convolution import Conv3x3
 from .fused import conv_silu_conv, fused, normalized, pixels, pointwise
-from .plain import is_plain, is_plain_conv, layers_of
+from .plain import hooked, is_plain, is_plain_conv, layers_of
 
 
 def depthwise_then_pointwise(inputs: int, outputs: int) -> nn.Sequential:
@@ -31,7 +31,12 @@ class ChannelAttentionTail(nn.Module):
     """What follows every channel attention of the teacher: projection, residual, feed-forward with stochastic depth.
 
     Subclasses call `finish(attended, residual)`.
+
+    Attributes:
+        drops: names of children that the feed-forward branch goes through, in modules taken over from other code.
     """
+
+    drops: tuple[str, ...] = ()
 
     def __init__(self, fea_dim: int, qkv_dim: int, dim_out: int, drop_path_prob: float) -> None:
         super().__init__()
@@ -51,6 +56,8 @@ class ChannelAttentionTail(nn.Module):
         if self.training and self.drop_path_prob > 0:
             # Stochastic depth: a whole sample's branch is dropped, the others are scaled up.
             branch = branch * torch.dropout(branch.new_ones(branch.shape[0], 1, 1, 1), self.drop_path_prob, True)
+        for name in self.drops:
+            branch = self.get_submodule(name)(branch)
         return out + branch
 
     # The same at inference on a CPU, in two parts.
@@ -59,7 +66,8 @@ class ChannelAttentionTail(nn.Module):
         """Whether the layers, `projections` among them, are those that the joined form reads."""
         ffn = layers_of(self.ffn)
         return (
-            len(ffn) == 4
+            not any(hooked(self.get_submodule(name)) for name in self.drops)
+            and len(ffn) == 4
             and is_plain_conv(ffn[0], 3, bias=False)
             and is_plain(ffn[1], nn.SiLU)
             and is_plain_conv(ffn[2], 3, bias=False)
