@@ -25,10 +25,10 @@ def atomic(path: Name) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def work_folder(path: Name) -> Iterator[Path]:
-    """A hidden folder beside the file at `path` (where a link there leads), gone after the block."""
+def work_folder(path: Name, prefix: str = ".write-") -> Iterator[Path]:
+    """A hidden folder `prefix`* beside the file at `path` (where a link there leads), gone after the block."""
     folder = Path(os.path.realpath(path)).parent
-    with tempfile.TemporaryDirectory(prefix=f".{Path(path).name}-", dir=folder) as name:
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as name:
         yield Path(name)
 
 

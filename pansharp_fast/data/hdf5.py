@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,19 @@ from .resample import interp23, lpan
 from .sensors import Sensor, get_sensor
 
 _LPAN_CORRELATION = 0.9  # files of other scenes have about 0, right ones above .97
+
+
+@contextlib.contextmanager
+def _reading(path: Any) -> Iterator[None]:
+    """Turns what h5py raises over a damaged file into one kind of error.
+
+    Raises:
+        OSError: the block failed for the file's sake.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, MemoryError, OSError, OverflowError, RuntimeError, TypeError) as error:
+        raise OSError(f"{path}: expected a readable HDF5 file, got a damaged or other one ({error})") from error
 
 
 class PanCollection(Dataset[dict[str, torch.Tensor]]):
@@ -56,19 +71,20 @@ class PanCollection(Dataset[dict[str, torch.Tensor]]):
         self.path, self.peak, self.lms = Path(path), float(peak), lms
         self.lpan_path = None if lpan_file is None else Path(lpan_file)
         self._files: dict[Path, tuple[int, h5py.File]] = {}
-        file = self._open(self.path)
-        missing = [name for name in ("ms", "pan") if name not in file]
+        with _reading(path):
+            file = self._open(self.path)
+            names = sorted(file)
+            shapes = {name: file[name].shape for name in ("ms", "pan", "gt") if name in names}
+        missing = [name for name in ("ms", "pan") if name not in names]
         if missing:
-            raise ValueError(
-                f"{path}: expected data sets ms and pan, got {sorted(file)} (missing {', '.join(missing)})"
-            )
-        ms, pan = file["ms"].shape, file["pan"].shape
+            raise ValueError(f"{path}: expected data sets ms and pan, got {names} (missing {', '.join(missing)})")
+        ms, pan = shapes["ms"], shapes["pan"]
         if len(ms) != 4 or ms[0] == 0:
             raise ValueError(f"{path}: ms: expected [N, C, h, w] with N > 0, got {ms}")
-        self.has_gt = "gt" in file
+        self.has_gt = "gt" in shapes
         self._expect(path, "pan", pan, (ms[0], 1, 4 * ms[2], 4 * ms[3]))
         if self.has_gt:
-            self._expect(path, "gt", file["gt"].shape, (*ms[:2], 4 * ms[2], 4 * ms[3]))
+            self._expect(path, "gt", shapes["gt"], (*ms[:2], 4 * ms[2], 4 * ms[3]))
         self.bands: int = ms[1]
         self.size: tuple[int, int] = (4 * ms[2], 4 * ms[3])
         self._length: int = ms[0]
@@ -95,7 +111,9 @@ class PanCollection(Dataset[dict[str, torch.Tensor]]):
         return self.__dict__ | {"_files": {}}
 
     def _read(self, name: str, index: int, path: Path | None = None) -> torch.Tensor:
-        values = np.asarray(self._open(path or self.path)[name][index], dtype=np.float64)
+        path = path or self.path
+        with _reading(path):
+            values = np.asarray(self._open(path)[name][index], dtype=np.float64)
         return torch.from_numpy((values / self.peak).astype(np.float32))
 
     def _check_lpan(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
@@ -18,35 +19,30 @@ from rasterio.io import DatasetReader
 _LOCAL = ("/vsizip/", "/vsitar/", "/vsi7z/", "/vsirar/", "/vsigzip/", "/vsisparse/", "/vsicached?file=", "/vsisubfile/")
 #: Drivers that fetch, whatever file they are given.
 _REMOTE = {"DAAS", "EEDA", "EEDAI", "GTI", "HTTP", "OGCAPI", "PLMOSAIC", "STACIT", "STACTA", "WCS", "WMS", "WMTS"}
-_DEPTH = 8
+#: A VRT is read whole to see what it is made of; longer ones are none.
+_LONGEST = 1 << 26
 
 
 def source_files(name: str | os.PathLike[str]) -> set[Path]:
     """Local files that a raster is read from: its own, those beside it, the sources of a VRT, an archive."""
-    return set(_files(str(name), _DEPTH))
-
-
-def _files(name: str, depth: int) -> Iterator[Path]:
-    path = _local_path(name)
-    if path is not None:
-        yield path
-    if depth == 0:
-        return
-    text = _text(name, path)
-    if text is not None and "<VRTDataset" in text:
-        for source in _vrt_sources(text, path):
-            yield from _files(source, depth - 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(name) as dataset:
-                names = dataset.files
-    except (RasterioError, OSError):  # whoever opens it to read reports that
-        return
-    for other in names:
-        found = _local_path(other)
-        if found is not None:
-            yield found
+    files: set[Path] = set()
+    names, seen = [str(name)], set()
+    while names:
+        name = names.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        path = _local_path(name)
+        text = _text(name, path)
+        if text is not None and "<VRTDataset" in text:
+            with contextlib.suppress(ElementTree.ParseError):
+                names += _vrt_sources(text, path)
+        # Whoever reads the raster reports what is wrong with it.
+        with contextlib.suppress(RasterioError, OSError, ValueError), _quiet(), rasterio.open(name) as dataset:
+            files |= {found for other in dataset.files if (found := _local_path(other)) is not None}
+        if path is not None:
+            files.add(path)
+    return files
 
 
 def check_local(name: str, source: str | os.PathLike[str]) -> None:
@@ -59,7 +55,7 @@ def check_local(name: str, source: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: it is not made of local files alone.
     """
-    reason = _remote(str(source), _DEPTH)
+    reason = _remote(str(source))
     if reason is not None:
         raise ValueError(f"{name}: expected local files, got {reason} (local_only)")
 
@@ -69,31 +65,40 @@ def _drivers() -> set[str]:
         return set(env.drivers())
 
 
-def _remote(name: str, depth: int) -> str | None:
+def _remote(name: str) -> str | None:
     """What is not local about a source, if anything is."""
-    if depth == 0:
-        return f"{name}, too many VRTs inside each other"
-    path = _local_path(name)
-    text = _text(name, path)
-    if path is None and text is None:
-        return name
-    if text is None:
+    names, seen = [name], set()
+    while names:
+        name = names.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        path = _local_path(name)
+        text = _text(name, path)
+        if text is None:
+            if path is None:
+                return name
+            try:
+                with _quiet(), DatasetReader(_parse_path(name), driver=sorted(_drivers() - _REMOTE)):
+                    continue
+            except (RasterioError, OSError, ValueError):
+                return f"{name}, which no local driver reads"
+        if "<VRTDataset" not in text:
+            return f"{name}, a description of a source elsewhere"
+        if re.search(r"<PixelFunctionLanguage>\s*python", text, re.IGNORECASE):
+            return f"{name}, which runs Python code"
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NotGeoreferencedWarning)
-                with DatasetReader(_parse_path(name), driver=sorted(_drivers() - _REMOTE)):
-                    return None
-        except (RasterioError, OSError):
-            return f"{name}, which no local driver reads"
-    if "<VRTDataset" not in text:
-        return f"{name}, a description of a source elsewhere"
-    if re.search(r"<PixelFunctionLanguage>\s*python", text, re.IGNORECASE):
-        return f"{name}, which runs Python code"
-    try:
-        sources = _vrt_sources(text, path)
-    except ElementTree.ParseError:
-        return f"{name}, a damaged VRT"
-    return next((reason for source in sources if (reason := _remote(source, depth - 1)) is not None), None)
+            names += _vrt_sources(text, path)
+        except ElementTree.ParseError:
+            return f"{name}, a damaged VRT"
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
 
 
 def _local_path(name: str) -> Path | None:
@@ -128,10 +133,11 @@ def _text(name: str, path: Path | None) -> str | None:
     if path is None or not path.is_file():
         return None
     with open(path, "rb") as file:
-        if not file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"<", b"{")):
+        head = file.read(1024)  # GDAL looks for its words anywhere in there
+        if b"<VRTDataset" not in head and not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"<", b"{")):
             return None
         file.seek(0)
-        return file.read().decode("utf-8", "replace")
+        return file.read(_LONGEST).decode("utf-8", "replace")
 
 
 def _vrt_sources(text: str, path: Path | None) -> list[str]:

@@ -237,7 +237,7 @@ class Output:
             profile = {key: value for key, value in profile.items() if "block" not in key or key in asked}
         self._try(profile, scene, tags)
         with self._writing(), contextlib.ExitStack() as stack, ungeoreferenced():
-            self.folder = stack.enter_context(work_folder(path))
+            self.folder = stack.enter_context(work_folder(path, ".sharpen-"))
             self.part = self.folder / path.name
             self.scene_part = self.folder / "tiles" / path.name if cog else self.part
             self.scene_part.parent.mkdir(exist_ok=True)
@@ -334,7 +334,7 @@ class Output:
                 for _, window in dataset.block_windows(1):
                     dataset.read(window=window)
                 if self.preview is not None:
-                    picture = stack.enter_context(work_folder(self.preview)) / self.preview.name
+                    picture = stack.enter_context(work_folder(self.preview, ".sharpen-")) / self.preview.name
                     write_preview(dataset, picture)
             place(self.part, self.path)
             if self.preview is not None:

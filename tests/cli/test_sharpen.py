@@ -335,7 +335,7 @@ def test_stopped_run_leaves_nothing(number, scene, weights, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = ["--weights", str(weights), "--tile", "96", "--overlap", "32", "--preview", str(tmp_path / "look.png")]
     with subprocess.Popen([*command, *options], env=environment, stderr=subprocess.DEVNULL) as process:
-        while not list(tmp_path.glob(".out.tif*/*")):
+        while not list(tmp_path.glob(".sharpen-*/*")):
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(number)
