@@ -224,18 +224,21 @@ class Output:
             "count": len(scene.bands),
             "dtype": dtype.name,
             "crs": pan.crs,
-            "transform": pan.transform,
+            "transform": None if pan.transform.is_identity else pan.transform,  # GDAL has it or control points
             "nodata": nodata,
             "tiled": True,
             "blockxsize": block,
             "blockysize": block,
             "bigtiff": "if_safer",
             **compression,
-            **({} if cog else asked),
         }
+        plain = profile
+        if not cog:
+            profile = profile | asked
         if str(profile["tiled"]).upper() in ("NO", "FALSE", "OFF", "0"):
             profile = {key: value for key, value in profile.items() if "block" not in key or key in asked}
-        self._try(profile, scene, tags)
+        if asked:
+            self._try(plain, profile, asked, scene, tags)
         with self._writing(), contextlib.ExitStack() as stack, ungeoreferenced():
             self.folder = stack.enter_context(work_folder(path, ".sharpen-"))
             self.part = self.folder / path.name
@@ -274,38 +277,50 @@ class Output:
         if "AREA_OR_POINT" in pan.tags():
             file.update_tags(AREA_OR_POINT=pan.tags()["AREA_OR_POINT"])
 
-    def _try(self, profile: Mapping[str, Any], scene: Source, tags: Mapping[str, str] | None) -> None:
-        """Write a small file in memory by the same options, so that what cannot work fails before the first tile."""
-        side = int(self.final_options.get("blocksize", BLOCK)) + 8 if self.cog else BLOCK  # a COG with overviews
-        small = {**profile, "height": min(side, scene.height), "width": min(side, scene.width)}
-        complaint, facts = "", []
+    def _try(
+        self,
+        plain: Mapping[str, Any],
+        profile: Mapping[str, Any],
+        asked: Mapping[str, str],
+        scene: Source,
+        tags: Mapping[str, str] | None,
+    ) -> None:
+        """Write small files in memory, by the options asked for and without: what cannot work fails before any tile."""
         try:
-            with (
-                ungeoreferenced(),
-                _gdal_warnings() as warned,
-                MemoryFile(ext=".tif") as memory,
-                MemoryFile(ext=".tif") as cog,
-            ):
-                with memory.open(**small) as file:
-                    self._annotate(file, scene, tags)
-                    file.write(np.ones((file.count, *file.shape), self.dtype))
-                    facts.append(_facts(file))
-                if self.cog:
-                    rasterio.shutil.copy(memory.name, cog.name, driver="COG", **self.final_options)
-                with rasterio.open((cog if self.cog else memory).name) as file:
-                    file.read()
-                    facts.append(_facts(file))
-            texts = dict.fromkeys(warned)
-            lost = [name for name, value in facts[0].items() if facts[1][name] != value]
+            expected, _ = self._trial(plain, {}, scene, tags)
+            facts, warned = self._trial(profile, self.final_options, scene, tags)
+            texts = dict.fromkeys(text for text in warned if any(key.upper() in text.upper() for key in asked))
+            lost = [name for name, value in expected.items() if facts[name] != value]
             complaint = "; ".join(texts) or (f"{', '.join(lost)} lost" if lost else "")
         except (RasterioError, CPLE_BaseError) as error:
             complaint = str(error.__cause__ or error)
         if complaint:
-            options = " ".join(f"{key.upper()}={value}" for key, value in self.final_options.items()) or "none"
+            options = " ".join(f"{key.upper()}={value}" for key, value in asked.items())
             raise ValueError(
                 f"co: expected options by which {self.dtype} and what belongs to it can be written, got {options} "
                 f"({' '.join(complaint.split())})"
             )
+
+    def _trial(
+        self, profile: Mapping[str, Any], options: Mapping[str, Any], scene: Source, tags: Mapping[str, str] | None
+    ) -> tuple[dict[str, str], list[str]]:
+        """What a small file says of itself when it is read back, and what GDAL warned of."""
+        side = int(options.get("blocksize", BLOCK)) + 8 if self.cog else BLOCK  # a COG with overviews
+        small = {**profile, "height": min(side, scene.height), "width": min(side, scene.width)}
+        with (
+            ungeoreferenced(),
+            _gdal_warnings() as warned,
+            MemoryFile(ext=".tif") as memory,
+            MemoryFile(ext=".tif") as cog,
+        ):
+            with memory.open(**small) as file:
+                self._annotate(file, scene, tags)
+                file.write(np.ones((file.count, *file.shape), self.dtype))
+            if self.cog:
+                rasterio.shutil.copy(memory.name, cog.name, driver="COG", **options)
+            with rasterio.open((cog if self.cog else memory).name) as file:
+                file.read()
+                return _facts(file), warned
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

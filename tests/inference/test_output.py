@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
+from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp, Resampling
 
 from pansharp_fast.data.sources import check_local, source_files
@@ -361,3 +362,22 @@ def test_sources_that_are_not_local(scene, tmp_path, monkeypatch, name):
     (tmp_path / "stac.json").write_text('{"type": "FeatureCollection", "features": []}')
     with pytest.raises(ValueError, match=r"PAN: expected local files, got .*local_only"):
         check_local("PAN", name)
+
+
+def test_control_points_and_rpcs_are_kept(scene, tmp_path):
+    """Also with options, tags of any letters, and beside each other."""
+    pan, ms = scene(64, 64, crs=None, transform=None)
+    points = [GroundControlPoint(r * 64, c * 64, 500000 + 32 * c, 5000000 - 32 * r) for r in (0, 1) for c in (0, 1)]
+    for path, scale in ((pan, 1), (ms, 0.25)):
+        with rasterio.open(path, "r+") as file:
+            moved = [GroundControlPoint(p.row * scale, p.col * scale, p.x, p.y) for p in points]
+            file.gcps = (moved, rasterio.CRS.from_epsg(32633))
+            file.update_tags(PLACE="Zürich <&> 東京", LONG="x" * 3000)
+    for options in ({}, {"COMPRESS": "LZW"}):
+        for cog in (False, True):
+            run(pan, ms, creation_options=options, cog=cog)
+            with rasterio.open(tmp_path / "out.tif") as file:
+                assert [(p.row, p.col, p.x, p.y) for p in file.gcps[0]] == [(p.row, p.col, p.x, p.y) for p in points]
+                assert file.gcps[1] == "EPSG:32633"
+                assert file.tags()["PLACE"] == "Zürich <&> 東京"
+                assert len(file.tags()["LONG"]) == 3000
