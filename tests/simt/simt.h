@@ -3,8 +3,10 @@
 // What it checks: values, index arithmetic, missing barriers (fibers run until they block, in an order that
 // SIMT_ORDER=forward|reverse|shuffle chooses, and shared memory starts as NaN), divergent barriers (reported as a
 // deadlock), writes beyond a shared array (red zones). What it cannot check: memory ordering within a warp, speed.
+// Where a test has planted faults, SIMT_FAULT=<number> chooses the one that acts.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -61,8 +63,7 @@ constexpr unsigned char kPoison = 0xff;  // an all-ones float, double, half or b
 enum class State { ready, block, warp, done };
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  jmp_buf context;
   State state = State::ready;
   dim3 thread;
   unsigned linear = 0;
@@ -73,8 +74,10 @@ struct Fiber {
 
 struct Machine {
   std::vector<Fiber> fibers;
-  ucontext_t scheduler;
+  std::vector<std::unique_ptr<char[]>> stacks;  // of the fibers, kept from launch to launch
+  jmp_buf scheduler;
   Fiber* current = nullptr;
+  int fault = -1;
   std::function<void()> body;
   std::vector<unsigned char> shared;
   std::vector<std::pair<size_t, size_t>> arrays;  // offset and size of each shared array of this block
@@ -86,22 +89,46 @@ inline Machine& machine() {
   return m;
 }
 
+// Whether the planted fault `number` acts.
+inline bool fault(int number) { return machine().fault == number; }
+
+// Fibers are entered by setcontext once a launch and switched by _setjmp and _longjmp, which make no system call.
 inline void yield(State state) {
   Machine& m = machine();
-  Fiber* self = m.current;
-  self->state = state;
-  swapcontext(&self->context, &m.scheduler);
+  m.current->state = state;
+  if (_setjmp(m.current->context) == 0) _longjmp(m.scheduler, 1);
 }
 
+// A fiber's life: a block after another.
 inline void entry() {
   Machine& m = machine();
-  try {
-    m.body();
-  } catch (const std::exception& error) {
-    m.error = error.what();
+  while (true) {
+    yield(State::done);
+    try {
+      m.body();
+    } catch (const std::exception& error) {
+      m.error = error.what();
+    }
   }
-  m.current->state = State::done;
-  swapcontext(&m.current->context, &m.scheduler);
+}
+
+// Runs a fiber until it yields. Not inlined: _setjmp spares no local variable that changes meanwhile.
+[[gnu::noinline]] inline void resume(Machine& m, Fiber& fiber) {
+  m.current = &fiber;
+  threadIdx = fiber.thread;
+  if (_setjmp(m.scheduler) == 0) _longjmp(fiber.context, 1);
+}
+
+// Lets a fiber come to `entry`'s loop; the first `resume` runs its first block.
+[[gnu::noinline]] inline void start(Machine& m, Fiber& fiber, char* stack) {
+  m.current = &fiber;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, entry, 0);
+  if (_setjmp(m.scheduler) == 0) setcontext(&context);
 }
 
 // Where lanes in `mask` have all arrived (lanes that returned count as arrived), let them go on.
@@ -133,9 +160,7 @@ inline void run_block(Machine& m, const std::vector<unsigned>& order) {
     for (const unsigned index : order) {
       Fiber& fiber = m.fibers[index];
       if (fiber.state != State::ready) continue;
-      m.current = &fiber;
-      threadIdx = fiber.thread;
-      swapcontext(&m.scheduler, &fiber.context);
+      resume(m, fiber);
       if (!m.error.empty()) throw std::runtime_error(m.error);
       progressed = true;
     }
@@ -164,8 +189,11 @@ void launch(dim3 grid, dim3 block, size_t dynamic_shared, Body body) {
   m.error.clear();
   m.fibers.clear();
   m.fibers.resize(threads);
-  for (Fiber& fiber : m.fibers) fiber.stack.reset(new char[kStack]);
+  while (m.stacks.size() < threads) m.stacks.emplace_back(new char[kStack]);
+  for (unsigned i = 0; i < threads; ++i) start(m, m.fibers[i], m.stacks[i].get());
   m.shared.resize(256 * 1024);
+  const char* planted = std::getenv("SIMT_FAULT");
+  m.fault = planted == nullptr || *planted == '\0' ? -1 : std::atoi(planted);
 
   std::vector<unsigned> order(threads);
   for (unsigned i = 0; i < threads; ++i) order[i] = i;
@@ -187,11 +215,6 @@ void launch(dim3 grid, dim3 block, size_t dynamic_shared, Body body) {
           fiber.linear = i;
           fiber.thread = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
           fiber.shared_cursor = dynamic_shared + kRedZone;
-          getcontext(&fiber.context);
-          fiber.context.uc_stack.ss_sp = fiber.stack.get();
-          fiber.context.uc_stack.ss_size = kStack;
-          fiber.context.uc_link = nullptr;
-          makecontext(&fiber.context, entry, 0);
         }
         run_block(m, order);
         for (const auto& [offset, size] : m.arrays)
@@ -235,11 +258,9 @@ auto exchange(unsigned mask, const T& mine, Use use) {
   std::memcpy(self->slot, &mine, sizeof(T));
   warp_wait(mask);
   const unsigned first = self->linear / 32 * 32;
-  auto result = use([&](unsigned other) {
-    T value;
-    const size_t index = first + other < m.fibers.size() ? first + other : self->linear;
-    std::memcpy(&value, m.fibers[index].slot, sizeof(T));
-    return value;
+  auto result = use([&](unsigned other) -> const T& {
+    const Fiber& fiber = first + other < m.fibers.size() ? m.fibers[first + other] : *self;
+    return *reinterpret_cast<const T*>(fiber.slot);
   });
   warp_wait(mask);
   return result;
@@ -308,12 +329,17 @@ inline void mma(float (&d)[4], const float (&a)[4], const float (&b)[2], const f
   for (int i = 0; i < 2; ++i) mine.b[i] = tf32(b[i]);
   const unsigned row = lane() / 4, column = lane() % 4 * 2;
   exchange(0xffffffffu, mine, [&](auto of) {
+    double left[2][8], right[2][8];
+    for (unsigned k = 0; k < 8; ++k) {
+      const Operands& from = of(4 * row + k % 4);
+      for (unsigned i = 0; i < 2; ++i) {
+        left[i][k] = from.a[i + k / 4 * 2];
+        right[i][k] = of(4 * (column + i) + k % 4).b[k / 4];
+      }
+    }
     for (unsigned i = 0; i < 4; ++i) {
       double sum = c[i];
-      for (unsigned k = 0; k < 8; ++k) {
-        const Operands left = of(4 * row + k % 4), right = of(4 * (column + i % 2) + k % 4);
-        sum += static_cast<double>(left.a[i / 2 + k / 4 * 2]) * right.b[k / 4];
-      }
+      for (unsigned k = 0; k < 8; ++k) sum += left[i / 2][k] * right[i % 2][k];
       float result = static_cast<float>(sum);
       if (std::fabs(static_cast<double>(result)) > std::fabs(sum)) result = std::nextafterf(result, 0.0f);
       d[i] = result;

@@ -3,18 +3,36 @@
 import pytest
 import torch
 
-import pansharp_fast.ops  # noqa: F401  (defines the schemas)
 from pansharp_fast import reference
 from tests import simt
+from tests.simt import ORDERS
 
-SOURCE = "csrc/cuda/cm3a.cu"
-NAMES = ("cm3a_fwd", "cm3a_bwd")
-ORDERS = ("forward", "reverse", "shuffle")
+FAULTS = {
+    "missing barrier": ("    __syncthreads();\n    project<", "    if (!FAULT) __syncthreads();\n    project<", 0),
+    "off by one": ("y0 -= kRadius;", "y0 -= kRadius - FAULT;", 0),
+    "operands of a tile swapped": ("kUp<kSplit> * lower[0]", "kUp<kSplit> * (FAULT ? upper[1] : lower[0])", 0),
+    "missing barrier, shift": ("    __syncthreads();\n  };\n", "    if (!FAULT) __syncthreads();\n  };\n", 0),
+    "mirrored window": (
+        "G::J - 1 - (dy * kWindow + dx)",
+        "FAULT ? dy * kWindow + dx : G::J - 1 - (dy * kWindow + dx)",
+        0,
+    ),
+    "offset of a weight": ("beside(p + 1, 0)", "beside(p + !FAULT, 0)", 0),
+    "rows not stepped": (
+        "from += static_cast<int64_t>(kWarps) * s.width;",
+        "from += FAULT ? 0 : static_cast<int64_t>(kWarps) * s.width;",
+        0,
+    ),
+    "columns beside the tile": ("% 2 * (kTileWidth + kRadius)", "% 2 * (kTileWidth + (FAULT ? 0 : kRadius))", 0),
+    "last candidate of a weight": ("sum -= sums[i];", "sum -= FAULT ? -sums[i] : sums[i];", 0),
+}
+SOUND = simt.Library("csrc/cuda/cm3a.cu", ("cm3a_fwd", "cm3a_bwd"))
+FAULTY = simt.Library(SOUND.source, SOUND.names, tuple(FAULTS.values()), "-O0")
 
 
 @pytest.fixture(scope="module")
 def ops():
-    return simt.load(SOURCE, NAMES)
+    return SOUND.ops
 
 
 def case(shape, heads, window, learned, dtype=torch.float32, channels_last=False):
@@ -148,35 +166,12 @@ def test_unaligned_maps(ops, channels_last):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("edit", "learned"),
-    [
-        (("    __syncthreads();\n    project<", "    project<", 0), True),
-        (("y0 -= kRadius;", "y0 -= kRadius - 1;", 0), True),
-        (("kUp<kSplit> * lower[0]", "kUp<kSplit> * upper[1]", 0), True),
-        (("    __syncthreads();\n  };\n", "  };\n", 0), False),
-        (("G::J - 1 - (dy * kWindow + dx)", "dy * kWindow + dx", 0), True),
-        (("beside(p + 1, 0)", "beside(p, 0)", 0), True),
-        (("from += static_cast<int64_t>(kWarps) * s.width;", "", 0), True),
-        (("% 2 * (kTileWidth + kRadius)", "% 2 * kTileWidth", 0), True),
-        (("sum -= sums[i];", "sum += sums[i];", 0), True),
-    ],
-    ids=[
-        "missing barrier",
-        "off by one",
-        "operands of a tile swapped",
-        "missing barrier, shift",
-        "mirrored window",
-        "offset of a weight",
-        "rows not stepped",
-        "columns beside the tile",
-        "last candidate of a weight",
-    ],
-)
-def test_planted_faults_are_noticed(edit, learned):
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_planted_faults_are_noticed(monkeypatch, fault):
     """The comparison above fails on a kernel with a fault: its passing means something."""
-    faulty = simt.load(SOURCE, NAMES, edit)
-    data = case((1, 8, 9, 40), 1, 3, learned)
-    results = [each for half in run(faulty, *data, 1, 3, 0.25, False) for each in half]
+    data = case((1, 8, 9, 40), 1, 3, fault != "missing barrier, shift")
+    monkeypatch.setenv("SIMT_FAULT", str(list(FAULTS).index(fault)) if fault else "")
+    results = [each for half in run(FAULTY.ops, *data, 1, 3, 0.25, False) for each in half]
     exact = [each for half in expected(*data, 1, 3, 0.25) for each in half]
-    assert not max(error(results, exact)) < 1e-3 or any(each.isnan().any() for each in results)
+    agree = max(error(results, exact)) < 1e-3 and not any(each.isnan().any() for each in results)
+    assert agree == (fault is None)

@@ -7,23 +7,33 @@ import torch
 
 from pansharp_fast.ops import frequency_attention
 from tests import simt
+from tests.simt import ORDERS
 
-SOURCE = "csrc/cuda/frequency_attention.cu"
-NAMES = tuple(
-    f"frequency_attention_{name}"
-    for name in ("inverse_norm", "normalize_bwd", "gram", "gram_bwd", "apply", "apply_bwd")
-)
-ORDERS = ("forward", "reverse", "shuffle")
 module = sys.modules["pansharp_fast.ops.frequency_attention"]
-
 
 #: So few blocks that the shapes that a CPU can emulate have several tiles a block.
 FEW_BLOCKS = ("kBlocks = 1024", "kBlocks = 4", 0)
+BARRIERS = [("__syncthreads();", "if (!FAULT) __syncthreads();", which) for which in range(10)]
+SWAPPED = [
+    ("lower[t].x, upper[t].y", "FAULT ? upper[t].y : lower[t].x, FAULT ? lower[t].x : upper[t].y", 0),
+    ("element(below, lower, j + r),", "element(below, lower, j + r + (FAULT ? 4 : 0)),", 0),
+    ("8 * n + r + e % 2 * 4", "(FAULT ? 8 * n + 2 * r + e % 2 : 8 * n + r + e % 2 * 4)", 0),
+]
+SOUND = simt.Library(
+    "csrc/cuda/frequency_attention.cu",
+    tuple(
+        f"frequency_attention_{name}"
+        for name in ("inverse_norm", "normalize_bwd", "gram", "gram_bwd", "apply", "apply_bwd")
+    ),
+)
+FEW = simt.Library(SOUND.source, SOUND.names, (FEW_BLOCKS,))
+FAULTY = simt.Library(SOUND.source, SOUND.names, (*BARRIERS, *SWAPPED, FEW_BLOCKS), "-O0")
+POLAR = simt.Library("tests/simt/polar.cu", ("frequency_attention_polar",))
 
 
 @pytest.fixture(scope="module")
 def passes():
-    return simt.load(SOURCE, NAMES)
+    return SOUND.ops
 
 
 def run(passes, tensors, grad, heads, scale, normalize):
@@ -70,17 +80,15 @@ def test_several_tiles_a_block(monkeypatch, order, depth):
     tile = 128 if depth <= 16 else 64 if depth <= 32 else 32
     heads = 2 if depth <= 8 else 1
     shape = (1, heads * depth, 25, {128: 32, 64: 16, 32: 8}[tile])
-    few = simt.load(SOURCE, NAMES, FEW_BLOCKS)
     frequencies = shape[2] * (shape[3] // 2 + 1)
     assert 3 * tile < frequencies < 4 * tile
-    assert max(errors(few, shape, heads, 0.02)) < 1e-9
-    assert max(errors(few, shape, heads, 0.02, dtype=torch.float32)) < 2e-5
+    assert max(errors(FEW.ops, shape, heads, 0.02)) < 1e-9
+    assert max(errors(FEW.ops, shape, heads, 0.02, dtype=torch.float32)) < 2e-5
 
 
 def test_amplitudes_and_phases():
     """To 2^-22 and 2 ulp, with approximate functions as far off as they may be; the conventions at 0 and at the cut."""
-    name = "frequency_attention_polar"
-    polar = getattr(simt.load("tests/simt/polar.cu", (name,)), name)
+    polar = POLAR.ops.frequency_attention_polar
     angles = torch.linspace(-torch.pi, torch.pi, 50_001)
     circle = torch.stack([angles.cos(), angles.sin()], 1)
     spread = torch.exp(8 * torch.randn(50_000, 1))
@@ -152,26 +160,25 @@ def test_zero_and_constant_maps_have_finite_gradients(passes):
         assert all(bool(t.isfinite().all()) for t in results)
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        ("{upper[t].x, lower[t].x, upper[t].y", "{upper[t].x, upper[t].y, lower[t].x", 0),
-        ("element(below, lower, j + r),", "element(below, lower, j + r + 4),", 0),
-        ("8 * n + r + e % 2 * 4", "8 * n + 2 * r + e % 2", 0),
-    ],
-)
-def test_swapped_operands_and_results_are_noticed(edit):
-    faulty = simt.load(SOURCE, NAMES, edit)
-    assert not max(errors(faulty, (1, 12, 5, 8), 1, 0.05, dtype=torch.float32)) < 1e-3
+def plant(monkeypatch, fault):
+    monkeypatch.setenv("SIMT_FAULT", "" if fault is None else str(fault))
 
 
-@pytest.mark.parametrize("which", range(10))
+@pytest.mark.parametrize("which", [None, *range(len(SWAPPED))])
+def test_swapped_operands_and_results_are_noticed(monkeypatch, which):
+    plant(monkeypatch, which if which is None else len(BARRIERS) + which)
+    agree = max(errors(FAULTY.ops, (1, 12, 5, 8), 1, 0.05, dtype=torch.float32)) < 1e-3
+    assert agree == (which is None)
+
+
+@pytest.mark.parametrize("which", [None, *range(len(BARRIERS))])
 def test_missing_barrier_is_noticed(monkeypatch, which):
     """Every barrier is needed, those that guard the next tile too."""
-    faulty = simt.load(SOURCE, NAMES, FEW_BLOCKS, ("__syncthreads();", ";", which))
+    assert (simt.ROOT / SOUND.source).read_text().count("__syncthreads();") == len(BARRIERS)
+    plant(monkeypatch, which)
     worst = 0.0
     for order in ORDERS:
         monkeypatch.setenv("SIMT_ORDER", order)
-        found = errors(faulty, (1, 12, 25, 32), 1, 0.02)
+        found = errors(FAULTY.ops, (1, 12, 25, 32), 1, 0.02)
         worst = max(worst, *(1.0 if error != error else error for error in found))
-    assert worst > 1e-6
+    assert (worst > 1e-6) == (which is not None)

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from tests import simt
+from tests.simt import ORDERS
 
-ORDERS = ("forward", "reverse", "shuffle")
+SELFTEST = simt.Library("tests/simt/selftest.cu", ("selftest",), schema="(Tensor x, int kind) -> Tensor")
 
 
 @pytest.fixture(scope="module")
 def selftest():
-    return simt.load("tests/simt/selftest.cu", ("selftest",), schema="(Tensor x, int kind) -> Tensor").selftest
+    return SELFTEST.ops.selftest
 
 
 @pytest.mark.parametrize("order", ORDERS)

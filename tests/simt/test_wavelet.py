@@ -5,15 +5,19 @@ import torch
 
 from pansharp_fast.ops.wavelet import MODES, Level, _analysis, _filters, _synthesis
 from tests import simt
+from tests.simt import ORDERS
 
-SOURCE = "csrc/cuda/wavelet.cu"
-NAMES = ("wavelet_fwd", "wavelet_bands_fwd", "wavelet_bwd")
-ORDERS = ("forward", "reverse", "shuffle")
+FAULTS = [
+    (f"  __syncthreads();\n\n{after}", f"  if (!FAULT) __syncthreads();\n\n{after}", 0)
+    for after in ("  // Eight rows", "  const int c0")
+]
+SOUND = simt.Library("csrc/cuda/wavelet.cu", ("wavelet_fwd", "wavelet_bands_fwd", "wavelet_bwd"))
+FAULTY = simt.Library(SOUND.source, SOUND.names, tuple(FAULTS), "-O0")
 
 
 @pytest.fixture(scope="module")
 def ops():
-    return simt.load(SOURCE, NAMES)
+    return SOUND.ops
 
 
 def level(wavelet, mode, dilation=1, second=None):
@@ -127,10 +131,12 @@ def test_index_arithmetic_beyond_32_bits(ops, tmp_path):
         torch.testing.assert_close(ops.wavelet_fwd(x, *one), _analysis(x.contiguous(), one, "reference"))
 
 
-@pytest.mark.parametrize("after", ["  // Eight rows", "  const int c0"])
-def test_planted_fault_is_noticed(monkeypatch, after):
-    faulty = simt.load(SOURCE, NAMES, (f"  __syncthreads();\n\n{after}", after, 0))
+@pytest.mark.parametrize("which", range(len(FAULTS)))
+def test_planted_fault_is_noticed(monkeypatch, which):
     for order in ("forward", "shuffle"):  # threads read to their right: what "reverse" has run already
         monkeypatch.setenv("SIMT_ORDER", order)
+        monkeypatch.setenv("SIMT_FAULT", "")
+        agrees(FAULTY.ops, level("db2", "symmetric"), (1, 9, 40))
+        monkeypatch.setenv("SIMT_FAULT", str(which))
         with pytest.raises(AssertionError):
-            agrees(faulty, level("db2", "symmetric"), (1, 9, 40))
+            agrees(FAULTY.ops, level("db2", "symmetric"), (1, 9, 40))
