@@ -18,11 +18,16 @@ build: $(STAMP)
 demo: build
 	$(BIN)/pansharp-fast demo --out demo_output
 
-# CPU kernels once more as older CPUs run them.
+# A worker a core; tests of a file stay together, as they share what is made for them.
+PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadscope
+# What CPU kernels compute, once more as older CPUs run them.
+VALUES := -m values -k "cpu or convolution or ulp or big" tests/ops
+
 test: build lint
-	$(BIN)/python -m pytest -q
-	PANSHARP_FAST_CPU_CAPABILITY=v3 $(BIN)/python -m pytest -q tests/ops -k "cpu or convolution or ulp"
-	PANSHARP_FAST_CPU_CAPABILITY=baseline $(BIN)/python -m pytest -q tests/ops -k "cpu or convolution or ulp"
+	$(BIN)/python -m tests.simt
+	$(PYTEST) --durations=20
+	PANSHARP_FAST_CPU_CAPABILITY=v3 $(PYTEST) $(VALUES)
+	PANSHARP_FAST_CPU_CAPABILITY=baseline $(PYTEST) $(VALUES)
 
 lint: build
 	$(BIN)/ruff format --check .

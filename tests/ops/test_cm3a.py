@@ -95,6 +95,7 @@ def _assert_accurate(backend: str, inputs: list, gradients: list, **options: Any
 SHAPES = [(2, 2, 16, 9, 11), (1, 3, 5, 1, 1), (1, 1, 8, 21, 67), (1, 2, 4, 1, 40), (1, 2, 32, 13, 3)]
 
 
+@pytest.mark.values
 @backends
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("learned", [True, False])
@@ -107,6 +108,7 @@ def test_values_and_gradients(
     _assert_accurate(backend, inputs, gradients, num_heads=shape[1], window=window)
 
 
+@pytest.mark.values
 @backends
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,6 +119,7 @@ def test_dtypes(backend: str, dtype: torch.dtype, learned: bool) -> None:
     _assert_accurate(backend, inputs, gradients, num_heads=2, scale=0.3)
 
 
+@pytest.mark.values
 @backends
 @settings(max_examples=25, deadline=None)
 @given(
@@ -170,9 +173,12 @@ def test_any_shape_and_strides(
     expected_layout = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     if backend != "reference" and batch:
         assert all(each.is_contiguous(memory_format=expected_layout) for each in actual[:2])
-    for got, want in zip(actual, _run("reference", dense, gradients, torch.float64, **options), strict=True):
+    exact = _run("reference", dense, gradients, torch.float64, **options)
+    plain = _run("reference", dense, gradients, dtype, **options)
+    for got, usual, want in zip(actual, plain, exact, strict=True):
         assert got.shape == want.shape
-        assert _error(got, want) <= (3e-2 if dtype == torch.bfloat16 else 1e-5)
+        # The few values of a small map may cancel: plain PyTorch is then as far off.
+        assert _error(got, want) <= max(3e-2 if dtype == torch.bfloat16 else 1e-5, 3 * _error(usual, want))
 
 
 @backends
@@ -270,6 +276,7 @@ def test_scaled_dot_product_attention_with_a_neighbourhood_mask(backend: str, wi
 # ---- Memory, non-finite values, determinism --------------------------------------------------------------------------
 
 
+@pytest.mark.values
 @backends
 def test_every_element_is_written(backend: str) -> None:
     inputs, gradients = _case(backend, (2, 2, 8, 19, 21), 3, True)
@@ -284,6 +291,7 @@ def test_every_element_is_written(backend: str) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.values
 @backends
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_non_finite_values_reach_their_neighbourhood_and_no_further(backend: str, value: float) -> None:
@@ -297,6 +305,7 @@ def test_non_finite_values_reach_their_neighbourhood_and_no_further(backend: str
     assert torch.isfinite(out_ms).all()
 
 
+@pytest.mark.values
 @backends
 def test_large_logits_do_not_overflow(backend: str) -> None:
     inputs, _ = _case(backend, (1, 2, 8, 6, 9), 3, False)

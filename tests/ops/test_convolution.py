@@ -46,6 +46,7 @@ def error(actual, expected):
     return float((actual.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     "sizes",
@@ -67,6 +68,7 @@ def test_values(sizes, dtype):
     assert error(actual, exact(x, weight, options)) < TOLERANCE[dtype]
 
 
+@pytest.mark.values
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 2), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.data())
 def test_any_size_and_any_part(batch, channels, outputs, height, width, data):
@@ -88,6 +90,7 @@ def test_reference_is_what_the_modules_of_torch_give():
     torch.testing.assert_close(conv3x3(x, weight, **options, backend="reference"), y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.values
 def test_layouts():
     x, weight, options = case(2, 24, 16, 12, 20)
     expected = conv3x3(x, weight, **options, backend="cpu")
@@ -113,6 +116,7 @@ def test_results_do_not_depend_on_threads_or_on_the_batch():
     assert torch.equal(conv3x3(x[1:2], weight, **one, backend="cpu"), expected[1:2])
 
 
+@pytest.mark.values
 def test_larger_tiles_round_no_worse_than_the_result():
     x, weight, _ = case(1, 128, 32, 108, 108, torch.float16)
     expected = exact(x, weight, {})
@@ -120,6 +124,7 @@ def test_larger_tiles_round_no_worse_than_the_result():
     assert error(conv3x3(x, weight, backend="cpu"), expected) < 1.05 * rounding
 
 
+@pytest.mark.values
 def test_extreme_values_travel():
     x, weight, options = case(1, 16, 16, 24, 24)
     x[0, 3, 10, 10] = float("nan")
@@ -168,6 +173,7 @@ def test_opcheck_and_compile():
     torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="aot_eager")(x), expected)
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sizes", [(2, 12, 5, 7), (1, 40, 70, 65), (1, 6, 1, 1)])
 @pytest.mark.parametrize("groups", [1, 2])
@@ -184,6 +190,7 @@ def test_group_norm_factors(sizes, groups, dtype):
         torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.values
 def test_statistics_hold_far_from_zero():
     x = (1000 + torch.randn(1, 4, 64, 64, dtype=torch.float64)).float()
     scale, shift = group_norm_factors(x, 4, backend="cpu")

@@ -70,6 +70,7 @@ CASES = [
 ]
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "options"), CASES)
 @pytest.mark.parametrize("backend", KERNELS)
@@ -86,6 +87,7 @@ def test_against_float64(backend, shape, options, dtype):
         assert own <= 3 * eager + 4 * floor
 
 
+@pytest.mark.values
 @pytest.mark.parametrize(("shape", "options"), CASES)
 @pytest.mark.parametrize("backend", DOUBLES)
 def test_float64(backend, shape, options):
@@ -106,6 +108,7 @@ def test_gradcheck(backend, shape, normalize):
     )
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["zero", "constant", "negative", "even", "tiny", "one channel zero"])
@@ -146,6 +149,7 @@ def test_self_conjugate_frequencies(height, width):
     assert torch.equal(self_conjugate(height, width), spectrum.imag.abs().amax(0) < 1e-12)
 
 
+@pytest.mark.values
 @pytest.mark.skipif(unavailable("cpu") is not None, reason=str(unavailable("cpu")))
 def test_elementary_functions_to_2_ulp():
     def ulps(actual, wanted):
@@ -177,6 +181,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("backend", [parameter for parameter in KERNELS if parameter in DOUBLES])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
@@ -196,6 +201,7 @@ def test_shapes_and_strides(backend, data):
         torch.testing.assert_close(actual.cpu(), wanted, rtol=1e-7, atol=1e-8 * max(1.0, wanted.abs().max().item()))
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(2, 4, 1, 7), (2, 4, 7, 1), (2, 4, 1, 1)])
 def test_strides_of_a_single_row_or_column(backend, shape):

@@ -82,6 +82,7 @@ def same(actual: Any, expected: Any) -> None:
 # ---- PyWavelets ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.values
 @backends
 @settings(max_examples=80, deadline=None)
 @given(
@@ -102,6 +103,7 @@ def test_dwt2_and_idwt2_are_pywavelets(
     same(idwt2(nested(expected), wavelet, mode, backend=backend), pywt.idwt2(expected, wavelet, mode))
 
 
+@pytest.mark.values
 @backends
 @pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("wavelet", ["haar", "db4", "bior4.4"])
@@ -158,6 +160,7 @@ def test_too_many_levels_warn() -> None:
         wavedec2(random(8, 8), "haar", level=4)
 
 
+@pytest.mark.values
 @backends
 @pytest.mark.parametrize("trim_approx", [False, True])
 @pytest.mark.parametrize(
@@ -262,6 +265,7 @@ def _error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return (actual.double() - exact).norm().item() / max(exact.norm().item(), 1e-30)
 
 
+@pytest.mark.values
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("wavelet", "mode"), [("haar", "symmetric"), ("db4", "reflect"), ("haar", "stationary")])
@@ -317,6 +321,7 @@ def test_empty_batch(backend: str, shape: tuple[int, ...]) -> None:
     assert x.grad is not None
 
 
+@pytest.mark.values
 @backends
 @pytest.mark.parametrize("wavelet", ["haar", "db2"])
 def test_any_strides(backend: str, wavelet: str) -> None:
@@ -358,6 +363,7 @@ def test_same_input_same_bits(backend: str) -> None:
     assert torch.equal(dwt2(x, "db3", stack=True, backend=backend), dwt2(x, "db3", stack=True, backend=backend))
 
 
+@pytest.mark.values
 @backends
 def test_not_a_number_stays_where_it_belongs(backend: str) -> None:
     x = random(1, 32, 32)
@@ -386,6 +392,7 @@ def test_index_arithmetic_beyond_32_bits(backend: str, tmp_path: Any) -> None:
     )
 
 
+@pytest.mark.values
 def test_big_results_are_right() -> None:
     """Results of 32 MiB and more come in huge pages; they are stored past the caches in memory that was used before."""
     x = random(8, 1024, 1024, dtype=torch.float32)

@@ -12,10 +12,28 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+#: Where `make build` compiles: what is compiled there is not compiled again.
+BUILD = ROOT / "build" / "cmake"
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """Paths (wheel, sdist), built from a copy of the tracked files, CPU only to stay short."""
-    folder = tmp_path_factory.mktemp("dist")
+def wheel(tmp_path_factory):
+    """Path of the wheel, linked from the objects of the build; without CUDA where the build is."""
+    folder = tmp_path_factory.mktemp("wheel")
+    settings = folder / "setup.cfg"
+    settings.write_text(f"[build]\nbuild_base = {folder / 'build'}\n[egg_info]\negg_base = {folder}\n")
+    environment = {**os.environ, "DIST_EXTRA_CONFIG": str(settings)}
+    if not (BUILD / "CMakeFiles" / "_C_cuda.dir").is_dir():
+        environment["PANSHARP_FAST_CUDA"] = "0"
+    build("--wheel", ROOT, folder, environment)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """Path of the source distribution of a copy of the tracked files."""
+    folder = tmp_path_factory.mktemp("sdist")
     source = tmp_path_factory.mktemp("source")
     files = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
@@ -27,21 +45,20 @@ def built(tmp_path_factory):
             target.symlink_to(os.readlink(ROOT / name))
         elif (ROOT / name).exists():
             target.write_bytes((ROOT / name).read_bytes())
-    environment = {**os.environ, "PANSHARP_FAST_CUDA": "0"}
-    subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--sdist", "--wheel", "--outdir", str(folder), str(source)],
-        check=True,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-    )
-    (wheel,) = folder.glob("*.whl")
-    (sdist,) = folder.glob("*.tar.gz")
-    return wheel, sdist
+    build("--sdist", source, folder, {**os.environ})
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+def build(kind, source, out, environment):
+    command = [sys.executable, "-m", "build", "--no-isolation", kind, "--outdir", str(out), str(source)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.mark.slow
-def test_wheel_holds_the_package_and_nothing_else(built):
-    names = zipfile.ZipFile(built[0]).namelist()
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"pansharp_fast"}
     assert not [name for name in names if "test" in name.lower()]
@@ -50,8 +67,8 @@ def test_wheel_holds_the_package_and_nothing_else(built):
 
 
 @pytest.mark.slow
-def test_wheel_holds_weights_and_sample_scenes(built):
-    names = zipfile.ZipFile(built[0]).namelist()
+def test_wheel_holds_weights_and_sample_scenes(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
     assert "pansharp_fast/weights/tiny.safetensors" in names
     scenes = [name for name in names if name.startswith("pansharp_fast/sample_scenes/") and name.endswith(".tif")]
     assert len(scenes) == 6
@@ -60,8 +77,8 @@ def test_wheel_holds_weights_and_sample_scenes(built):
 
 
 @pytest.mark.slow
-def test_sdist_holds_every_source(built):
-    with tarfile.open(built[1]) as archive:
+def test_sdist_holds_every_source(sdist):
+    with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert expected <= names, sorted(expected - names)
@@ -70,9 +87,9 @@ def test_sdist_holds_every_source(built):
 
 
 @pytest.mark.slow
-def test_wheel_runs_outside_the_checkout(built, tmp_path):
+def test_wheel_runs_outside_the_checkout(wheel, tmp_path):
     """Unpacked beside the environment's other packages: the library loads, and the distribution adds no `kernels`."""
-    with zipfile.ZipFile(built[0]) as archive:
+    with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     code = (
         "import importlib.util, pathlib, torch, pansharp_fast;"
