@@ -151,8 +151,11 @@ class _Raster:
                     )
             valid &= finite
         values = np.where(valid, raw, 0).astype(np.float32)
+        within = inside[0][:, None] & inside[1]
+        if values.shape[1:] == (height, width) and not any(self.flip):  # nothing to repeat or turn
+            return values, valid & within
         place = np.s_[:, (rows - first_row)[:, None], columns - first_column]
-        return values[place], valid[place] & (inside[0][:, None] & inside[1])
+        return values[place], valid[place] & within
 
     def _valid(self, band: int, image: NDArray[np.generic], window: Window) -> Valid:
         valid = np.ones(image.shape, np.bool_)
