@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import threading
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping
@@ -407,29 +408,27 @@ def _facts(file: DatasetReader) -> dict[str, str]:
 
 
 class _Collector(logging.Handler):
+    """Keeps what one thread logs."""
+
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.texts: list[str] = []
+        self.thread, self.texts = threading.get_ident(), list[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
+        if record.thread == self.thread:
+            self.texts.append(record.getMessage())
 
 
 @contextlib.contextmanager
 def _gdal_warnings() -> Iterator[list[str]]:
-    """Collects what GDAL warns of, instead of logging it."""
+    """Collects what GDAL warns of, which rasterio logs."""
     logger, handler = logging.getLogger("rasterio._env"), _Collector()
-    level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
     try:
         with rasterio.Env():
             yield handler.texts
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
 
 
 @contextlib.contextmanager
