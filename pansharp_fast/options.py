@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import reprlib
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -28,10 +30,37 @@ DTYPES = ("uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
 SHARPENERS = ("pancrafter", "uknow-student", "uknow-teacher")
 
 
+def shortened(message: object, length: int = 300) -> str:
+    """One line of at most so many characters."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= length else f"{line[: length - 3]}..."
+
+
 def expect(name: str, value: Any, allowed: Iterable[Any]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in (allowed := tuple(allowed)):
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {shortened(repr(value))}")
+
+
+def check_fields(config: Any, **ranges: tuple[float, float]) -> None:
+    """Raise ValueError unless these fields of a dataclass hold numbers in their ranges, ends included.
+
+    A field annotated as a tuple holds up to 8 of them; one annotated as int, or a tuple of int, whole ones.
+    """
+    for field in dataclasses.fields(config):
+        if field.name not in ranges:
+            continue
+        value, (least, most) = getattr(config, field.name), ranges[field.name]
+        several, whole = "tuple" in str(field.type), "int" in str(field.type)
+        kind = int if whole else (int, float)
+        numbers = value if several else (value,)
+        if len(numbers) > 8 or not all(
+            isinstance(n, kind) and not isinstance(n, bool) and least <= n <= most for n in numbers
+        ):
+            what = f"{'whole ' if whole else ''}number{'s' if several else ''} from {least:g} to {most:g}"
+            raise ValueError(
+                f"{field.name}: expected {'up to 8 ' if several else 'a '}{what}, got {reprlib.repr(value)}"
+            )
 
 
 def precision(name: str) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..files import atomic
+from ..options import shortened
 
 #: Architecture name -> (module, model class). A model class has `architecture` and `config_class`, a model `config`;
 #: a configuration has `bands`, `to_dict()` and takes its fields as keyword arguments.
@@ -25,6 +26,11 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {
 }
 #: Folder of the weights that come with the package.
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+
+
+_OFFICIAL_FILES = (
+    "a file of the public releases: compat.from_official and save_model turn it into a checkpoint, see docs/official.md"
+)
 
 
 class CheckpointError(ValueError):
@@ -50,9 +56,40 @@ def save_model(path: str | os.PathLike[str], model: Any, metadata: Mapping[str, 
         "config": json.dumps(model.config.to_dict()),
         "metadata": json.dumps(dict(metadata or {})),
     }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    with atomic(path) as part:
-        save_file(tensors, part, metadata=text)  # type: ignore[arg-type]
+    write_tensors(path, model.state_dict(), text)
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], text: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes follow from its content alone; it appears whole or not at all."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    content = save(plain, metadata=dict(text))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(text.items()))  # the library writes its keys in an order of chance
+    line = json.dumps(header, separators=(",", ":")).encode()
+    line += b" " * (-len(line) % 8)
+    with atomic(path) as part, open(part, "wb") as file:
+        file.write(len(line).to_bytes(8, "little") + line)
+        file.write(memoryview(content)[end:])
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of a safetensors file.
+
+    Raises:
+        ValueError: the file is none, is damaged, or holds tensors that are no floating-point numbers or step counts.
+        OSError: it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    except (SafetensorError, RuntimeError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"expected a safetensors file, got a damaged file {path} ({shortened(error)})") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64):
+            raise ValueError(f"expected floating-point tensors, got {tensor.dtype} as {shortened(name)} in {path}")
+    return text, tensors
 
 
 def read_checkpoint(
@@ -70,25 +107,33 @@ def read_checkpoint(
         start = file.read(16)
     if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{":  # a short header may start with b"\x80" too
         raise CheckpointError(
-            f"weights: expected a safetensors checkpoint, got the pickled file {path} (read a state dict with "
-            "torch.load(weights_only=True), build with compat.from_official and write with save_model)"
+            f"weights: expected a checkpoint of this package, got the pickled file {path} ({_OFFICIAL_FILES})"
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            text = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        text, tensors = read_tensors(path)
+    except ValueError as error:
+        raise CheckpointError(f"weights: {error}") from None
+    if "architecture" not in text or "config" not in text:
         raise CheckpointError(
-            f"weights: expected a safetensors checkpoint, got a damaged file {path} ({error})"
-        ) from None
+            f"weights: expected metadata 'architecture' and 'config', got none in {path} ({_OFFICIAL_FILES})"
+        )
     try:
-        architecture = text["architecture"]
         config, metadata = json.loads(text["config"]), json.loads(text.get("metadata", "{}"))
-    except (KeyError, json.JSONDecodeError) as error:
+        if not (isinstance(config, dict) and isinstance(metadata, dict)):
+            raise ValueError("expected two objects")
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"weights: expected metadata 'architecture' and 'config', got none or damaged in {path} ({error})"
+            f"weights: expected metadata 'config' in JSON, got a damaged one in {path} ({shortened(error)})"
         ) from None
-    return architecture, config, metadata, tensors
+    return text["architecture"], config, metadata, tensors
+
+
+def _compare(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless names and shapes are the same."""
+    for name in sorted({*expected, *tensors}):
+        shapes = [tuple(part[name].shape) if name in part else None for part in (expected, tensors)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{name}: expected {shapes[0] or 'none'}, got {shapes[1] or 'none'}")
 
 
 def load_model(
@@ -115,16 +160,22 @@ def load_model(
     architecture, config, _, tensors = read_checkpoint(path)
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
-            f"weights: expected an architecture of {sorted(ARCHITECTURES)}, got {architecture!r} in {path}"
+            f"weights: expected an architecture of {sorted(ARCHITECTURES)}, "
+            f"got {shortened(repr(architecture))} in {path}"
         )
     module, name = ARCHITECTURES[architecture]
     model_class = getattr(importlib.import_module(module), name)
     try:
-        model = model_class(model_class.config_class(**config))
+        settings = model_class.config_class(**config)
+        with torch.device("meta"):  # a configuration may claim any size; nothing is allocated before the file agrees
+            expected = model_class(settings).state_dict()
+        _compare(expected, tensors)
+        model = model_class(settings)
         model.load_state_dict(tensors)
-    except (TypeError, ValueError, RuntimeError) as error:
-        line = " ".join(str(error).split())
-        raise CheckpointError(f"weights: expected tensors that fit the configuration, got {path} ({line})") from None
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"weights: expected tensors that fit the configuration, got {path} ({shortened(error)})"
+        ) from None
     if bands is not None and model.config.bands != bands:
         raise CheckpointError(
             f"weights: expected a model for {bands} bands, got one for {model.config.bands} in {path}"

@@ -21,7 +21,7 @@ from ..nn import Conv3x3, FrequencyAttention, WaveletAttention
 from ..nn.convolution import norm_silu_conv
 from ..nn.fused import fused
 from ..nn.plain import hooked, is_plain
-from ..options import PREDICTIONS, expect
+from ..options import PREDICTIONS, check_fields, expect
 from .condition import Condition, highpass, wavelet_condition
 from .prior import PriorConfig, PriorNet
 
@@ -62,9 +62,8 @@ class FSAConfig:
         if isinstance(self.prior, dict):
             object.__setattr__(self, "prior", PriorConfig(**self.prior))
         expect("prediction", self.prediction, PREDICTIONS)
-        for name in ("bands", "norm_groups", "res_blocks", "image_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        sizes = dict.fromkeys(("inner_channel", "norm_groups", "attn_res", "image_size"), (1, 65536))
+        check_fields(self, bands=(1, 1024), channel_mults=(1, 64), res_blocks=(1, 64), dropout=(0, 1), **sizes)
         if self.inner_channel < 1 or self.inner_channel % _HEADS:
             raise ValueError(f"inner_channel: expected a positive multiple of {_HEADS}, got {self.inner_channel}")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..data.grid import RATIO, check_pair
 from ..nn.cm3a import CM3A
 from ..nn.convolution import Conv3x3, LayerNorm, mlp, norm_silu_conv
-from ..options import ATTENTION_KEYS, NEIGHBOURS, expect
+from ..options import ATTENTION_KEYS, NEIGHBOURS, check_fields, expect
 
 #: Values of `mode`: which image the network reconstructs.
 PAN_MODE, MS_MODE = 0, 1
@@ -67,8 +67,10 @@ class PANCrafterConfig:
     def __post_init__(self) -> None:
         for name in ("hidden_sizes", "depth", "attention_scales"):  # JSON and YAML give lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.bands < 1:
-            raise ValueError(f"bands: expected at least 1, got {self.bands}")
+        sizes = dict.fromkeys(("hidden_sizes", "s_embed_size", "num_heads", "norm_groups"), (1, 16384))
+        kernels = dict.fromkeys(("pan_ks", "ms_ks", "bottom_ks", "ka"), (1, 31))
+        ranges = sizes | kernels | {"bands": (1, 1024), "depth": (1, 64), "attention_scales": (0, 7)}
+        check_fields(self, mlp_ratio=(0.01, 64), dropout=(0, 1), **ranges)
         if len(self.hidden_sizes) < 2 or len(self.depth) != len(self.hidden_sizes):
             raise ValueError(
                 f"depth: expected one entry for each of at least two hidden_sizes {self.hidden_sizes}, got {self.depth}"

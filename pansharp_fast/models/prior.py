@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.grid import check_pair
+from ..options import check_fields
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class PriorConfig:
     hidden: int = 64
     blocks: int = 4
     highpass_pan: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, bands=(1, 1024), hidden=(1, 16384), blocks=(0, 64))
 
     @classmethod
     def preset(cls, name: str, *, bands: int) -> PriorConfig:

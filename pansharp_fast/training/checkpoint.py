@@ -6,20 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import save
 
-from ..files import atomic
+from ..models.checkpoint import read_tensors, write_tensors
+from ..options import shortened
 
 _META = "pansharp_fast"
 
 
 def save_state(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
     """Write tensors and JSON-able `meta` to a safetensors file."""
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with atomic(path) as part:
-        part.write_bytes(save(plain, metadata={_META: json.dumps(meta)}))
+    # Copies, as names of one memory are refused.
+    write_tensors(path, {name: tensor.detach().clone() for name, tensor in tensors.items()}, {_META: json.dumps(meta)})
 
 
 def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -30,14 +28,13 @@ def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         OSError: it cannot be read.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            meta = (file.metadata() or {}).get(_META)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
-    if meta is None:
+        text, tensors = read_tensors(path)
+        meta = json.loads(text.get(_META, "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"state: {shortened(error)}") from None
+    if not isinstance(meta, dict):
         raise ValueError(f"{path}: expected the state of a training run, got safetensors without its metadata")
-    return tensors, json.loads(meta)
+    return tensors, meta
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .. import options
+from ..options import shortened
 
 T = TypeVar("T", bound="TrainConfig")
 
@@ -19,6 +21,8 @@ def key(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     return field(default=default, metadata={"help": help}, **kwargs)
 
 
+#: Bytes of a configuration file.
+_LARGEST_FILE = 1 << 14
 PRECISION_HELP = "auto (bfloat16 where the device has units for it), float32 or bfloat16 (autocast)"
 
 
@@ -84,7 +88,7 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         if isinstance(value, str):
             value = [part for part in value.split(",") if part.strip()]
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{name}: expected a list, got {value!r}")
+            raise ValueError(f"{name}: expected a list, got {reprlib.repr(value)}")
         return tuple(_convert(name, part, item) for part in value)
     try:
         if kind is bool:
@@ -100,8 +104,36 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         if kind is str and not isinstance(value, (str, int, float, os.PathLike)):
             raise ValueError
         return kind(value)
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {value!r}") from None
+    except (KeyError, OverflowError, TypeError, ValueError):
+        raise ValueError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {reprlib.repr(value)}") from None
+
+
+def _read_yaml(path: str | os.PathLike[str]) -> Any:
+    """What a small YAML file of plain values holds.
+
+    Tags make Python objects of what they like; aliases and levels grow a small file, or its reading, to any size.
+    """
+    import yaml
+
+    with open(path, "rb") as file:
+        content = file.read(_LARGEST_FILE + 1)
+    if len(content) > _LARGEST_FILE:
+        raise ValueError(f"{path}: expected at most {_LARGEST_FILE} bytes, got more")
+    try:
+        text, depth = content.decode(), 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 2:
+                raise ValueError(
+                    f"expected values and lists of them, got more levels in line {event.start_mark.line + 1}"
+                )
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
+                raise ValueError(
+                    f"expected values without tags and aliases, got one in line {event.start_mark.line + 1}"
+                )
+        return yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist, no UTF-8
+        raise ValueError(f"{path}: expected YAML, got {shortened(error)}") from None
 
 
 def load_config(config: type[T], path: str | os.PathLike[str] | None = None, **overrides: Any) -> T:
@@ -113,21 +145,15 @@ def load_config(config: type[T], path: str | os.PathLike[str] | None = None, **o
     """
     values: dict[str, Any] = {}
     if path is not None:
-        import yaml
-
-        with open(path, encoding="utf-8") as file:
-            try:
-                loaded = yaml.safe_load(file) or {}
-            except yaml.YAMLError as error:
-                raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from error
+        loaded = _read_yaml(path)
         if not isinstance(loaded, dict):
             raise ValueError(f"{path}: expected key: value lines, got {type(loaded).__name__}")
         values.update(loaded)
     values.update({name: value for name, value in overrides.items() if value is not None})
     kinds = field_types(config)
-    unknown = sorted(set(values) - set(kinds))
+    unknown = sorted(str(key) for key in set(values) - set(kinds))
     if unknown:
-        raise ValueError(f"configuration: expected keys among {', '.join(kinds)}, got {', '.join(map(str, unknown))}")
+        raise ValueError(f"configuration: expected keys among {', '.join(kinds)}, got {shortened(', '.join(unknown))}")
     needed = [f.name for f in dataclasses.fields(config) if f.default is dataclasses.MISSING]
     missing = [name for name in needed if name not in values]
     if missing:

@@ -22,6 +22,7 @@ from .. import options
 from ..data.hdf5 import Epochs, PanCollection, Samples
 from ..data.sensors import get_sensor
 from ..files import check_folder
+from ..options import shortened
 from .checkpoint import load_optimizer, load_state, optimizer_tensors, save_state
 from .config import TrainConfig
 from .logs import Logs
@@ -176,20 +177,23 @@ class Trainer:
         """
         path = self.out / "last.safetensors"
         tensors, meta = load_state(path)
-        if meta["recipe"] != self.recipe.name:
-            raise ValueError(f"{path}: expected a state of recipe {self.recipe.name}, got {meta['recipe']}")
+        if meta.get("recipe") != self.recipe.name:
+            raise ValueError(f"{path}: expected a state of recipe {self.recipe.name}, got {meta.get('recipe')!r}")
+        step, best = meta.get("step"), meta.get("best")
+        if not (isinstance(step, int) and step >= 0 and isinstance(best, float | None)):
+            raise ValueError(f"{path}: expected a step and a best measure, got {step!r} and {best!r}")
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
-        for name, value in tensors.items():
-            part, rest = name.split(".", 1)
-            parts[part][rest] = value
         try:
+            for name, value in tensors.items():
+                part, rest = name.split(".", 1)
+                parts[part][rest] = value
             self.model.load_state_dict(parts["model"])
-        except RuntimeError as error:
-            raise ValueError(f"{path}: expected weights of this configuration, got {error}") from error
-        load_optimizer(self.optimizer, parts["optimizer"])
+            load_optimizer(self.optimizer, parts["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path}: expected the state of this configuration, got {shortened(error)}") from None
         self.average = {name: value.to(self.device) for name, value in parts["average"].items()}
-        self.step = meta["step"]
-        self.best = -math.inf if meta["best"] is None else meta["best"]
+        self.step = step
+        self.best = -math.inf if best is None else best
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

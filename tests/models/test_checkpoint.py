@@ -36,7 +36,7 @@ def test_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pansharp_fast.models.checkpoint.save_file", full)
+    monkeypatch.setattr("pansharp_fast.models.checkpoint.save", full)
     with pytest.raises(OSError, match="No space left"):
         save_model(path, model)
     assert path.read_bytes() == before

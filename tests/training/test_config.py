@@ -5,12 +5,15 @@ import itertools
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pansharp_fast.cli import main
 from pansharp_fast.training import RECIPES, load_config, recipe_class
 from pansharp_fast.training.config import TrainConfig
 from pansharp_fast.training.loop import learning_rate
 
+NEEDED_LINES = "train: a\nvalid: b\nout: c\n"
 NEEDED = {"train": "a.h5", "valid": "b.h5", "out": "run"}
 
 
@@ -68,3 +71,54 @@ def test_unknown_recipe_is_a_usage_error():
     assert CliRunner().invoke(main, ["train", "nothing"]).exit_code == 2
     with pytest.raises(ValueError, match=r"recipe: expected one of .* got 'nothing'"):
         recipe_class("nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("!!python/object/apply:os.system ['id']", "without tags and aliases, got one in line 1"),
+        ("train: a\nseed: !!python/name:os.system\n", "without tags and aliases, got one in line 2"),
+        ("a: &a [x]\nb: &b [*a, *a]\nsteps: *b\n", "without tags and aliases, got one in line 2"),
+        ("[" * 16000, "got more levels in line 1"),
+        ("{" * 16000, "got more levels in line 1"),
+        ("? " * 8000, "got more levels in line 1"),
+        ("a: 1\n" * 4000, "expected at most 16384 bytes"),
+        ("train: 2024-99-99", "expected YAML, got month must be"),
+        ("steps: " + "9" * 10000, "expected YAML, got Exceeds the limit"),
+        (
+            f"{NEEDED_LINES}steps: 1e400",
+            "steps: expected int, got '1e400'",
+        ),
+        (f"{NEEDED_LINES}steps: .inf", "steps: expected int, got inf"),
+        (f"{NEEDED_LINES}lr: [1]", r"lr: expected float, got \[1\]"),
+        (f"{NEEDED_LINES}schedule: {'x' * 9000}", "schedule: expected one of cosine, step, got 'xxx"),
+        ("1: 2", "expected keys among .* got 1"),
+        ("[1]: 2", "expected YAML"),
+        ("\x00", "expected YAML"),
+        ("\udcff", "expected YAML, got 'utf-8' codec"),
+    ],
+)
+def test_hostile_files_are_refused_in_one_line(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=message) as error:
+        load_config(TrainConfig, tmp_path / "c.yaml")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1500
+
+
+TOKENS = [
+    "!!", "!", "&a", "*a", "[", "]", "{", "}", ": ", "- ", "? ", "\n", " ", "steps", "lr", "1", "e", "<<", "'", '"', "|",
+    ">", "%", "@", "#", "---", "\t", "~", "null", ".inf", "0x", "true", "é", "\x00", "2001-01-01", "1:2:3", ",",
+]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.text(max_size=40), st.lists(st.sampled_from(TOKENS), max_size=40).map("".join)), st.booleans())
+def test_any_text_is_a_configuration_or_refused(tmp_path, text, valid_before):
+    (tmp_path / "c.yaml").write_bytes(((NEEDED_LINES if valid_before else "") + text).encode(errors="replace"))
+    message = ""
+    try:
+        load_config(TrainConfig, tmp_path / "c.yaml")
+    except ValueError as error:
+        message = str(error)
+    assert "\n" not in message
