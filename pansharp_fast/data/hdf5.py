@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +18,10 @@ from torch.utils.data import Dataset
 from .resample import interp23, lpan
 from .sensors import Sensor, get_sensor
 
+#: Bytes of unpacked chunks that a process keeps for one file.
+_CACHE = 512 << 20
+#: Bytes of one sample's largest image; a small file may claim any size.
+_LARGEST_SAMPLE = 1 << 30
 _LPAN_CORRELATION = 0.9  # files of other scenes have about 0, right ones above .97
 
 
@@ -32,6 +38,22 @@ def _reading(path: Any) -> Iterator[None]:
         raise OSError(f"{path}: expected a readable HDF5 file, got a damaged or other one ({error})") from error
 
 
+def _packed(file: h5py.File) -> dict[str, tuple[int, int]]:
+    """Data sets of several samples a packed chunk -> (bytes of them all unpacked, number of chunks).
+
+    A sample of those costs a whole chunk, unless the chunk is still there.
+    """
+    packed = {}
+    for name in ("ms", "pan", "gt", "lpan"):
+        data = file.get(name)
+        if not (isinstance(data, h5py.Dataset) and data.chunks and data.chunks[0] > 1):
+            continue
+        if data.id.get_create_plist().get_nfilters() > 0:
+            count = math.prod(-(-length // part) for length, part in zip(data.shape, data.chunks, strict=True))
+            packed[name] = (count * math.prod(data.chunks) * data.dtype.itemsize, count)
+    return packed
+
+
 class PanCollection(Dataset[dict[str, torch.Tensor]]):
     """Samples of one PanCollection file: `ms` [N, C, h, w], `pan` [N, 1, 4h, 4w] and, where the file has it, `gt`.
 
@@ -39,6 +61,9 @@ class PanCollection(Dataset[dict[str, torch.Tensor]]):
     [C, h, w], `pan` [1, 4h, 4w], `lpan` [1, h, w] (PAN on the MS grid), `gt` [C, 4h, 4w] where there is one and,
     with `lms`, `lms` [C, 4h, 4w]. `lpan` and `lms` are made here (`data.lpan`, `data.interp23`), not read: published
     `lpan` files of two test sets belong to other scenes.
+
+    Samples come fast in any order where a chunk of the file holds one, or is not packed. Files with several samples a
+    packed chunk are kept unpacked in memory up to 512 MiB; larger ones warn, with the line that repacks them.
 
     Args:
         path: the HDF5 file; it stays on disk and is opened once in each process.
@@ -71,6 +96,7 @@ class PanCollection(Dataset[dict[str, torch.Tensor]]):
         self.path, self.peak, self.lms = Path(path), float(peak), lms
         self.lpan_path = None if lpan_file is None else Path(lpan_file)
         self._files: dict[Path, tuple[int, h5py.File]] = {}
+        self._sets: dict[tuple[Path, str], h5py.Dataset] = {}  # unpacked chunks live as long as these
         with _reading(path):
             file = self._open(self.path)
             names = sorted(file)
@@ -81,6 +107,8 @@ class PanCollection(Dataset[dict[str, torch.Tensor]]):
         ms, pan = shapes["ms"], shapes["pan"]
         if len(ms) != 4 or ms[0] == 0:
             raise ValueError(f"{path}: ms: expected [N, C, h, w] with N > 0, got {ms}")
+        if 0 in ms or 16 * 8 * math.prod(ms[1:]) > _LARGEST_SAMPLE:
+            raise ValueError(f"{path}: ms: expected samples of at least one pixel and at most 1 GiB, got {ms}")
         self.has_gt = "gt" in shapes
         self._expect(path, "pan", pan, (ms[0], 1, 4 * ms[2], 4 * ms[3]))
         if self.has_gt:
@@ -104,16 +132,34 @@ class PanCollection(Dataset[dict[str, torch.Tensor]]):
         pid, file = self._files.get(path, (0, None))
         if pid != os.getpid():  # a forked worker must not share its parent's handle
             file = h5py.File(path, "r")
+            packed = _packed(file)
+            if packed and sum(size for size, _ in packed.values()) <= _CACHE:
+                sizes, counts = zip(*packed.values(), strict=True)
+                file.close()
+                file = h5py.File(path, "r", rdcc_nbytes=max(sizes), rdcc_nslots=10 * max(counts) + 1)
+            elif packed and path not in self._files:
+                chunks = " ".join(
+                    f"-l {name}:CHUNK=1x{'x'.join(str(length) for length in file[name].shape[1:])}" for name in packed
+                )
+                warnings.warn(
+                    f"{path}: expected one sample a packed chunk, got {file[next(iter(packed))].chunks[0]}, "
+                    f"which makes reading in random order slow; repack it with: h5repack {chunks} {path} OUT.h5",
+                    stacklevel=4,
+                )
             self._files[path] = (os.getpid(), file)
+            self._sets = {key: data for key, data in self._sets.items() if key[0] != path}
         return file
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}
+        return self.__dict__ | {"_files": {}, "_sets": {}}
 
     def _read(self, name: str, index: int, path: Path | None = None) -> torch.Tensor:
         path = path or self.path
         with _reading(path):
-            values = np.asarray(self._open(path)[name][index], dtype=np.float64)
+            file = self._open(path)
+            if (path, name) not in self._sets:
+                self._sets[path, name] = file[name]
+            values = np.asarray(self._sets[path, name][index], dtype=np.float64)
         return torch.from_numpy((values / self.peak).astype(np.float32))
 
     def _check_lpan(self) -> None:
@@ -132,8 +178,9 @@ class PanCollection(Dataset[dict[str, torch.Tensor]]):
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index: expected {-len(self)} to {len(self) - 1}, got {index}")
+        index %= len(self)
         sample = {"ms": self._read("ms", index), "pan": self._read("pan", index)}
         if self.lpan_path is not None:
             sample["lpan"] = self._read("lpan", index, self.lpan_path)

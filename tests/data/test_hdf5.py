@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from pansharp_fast.data import hdf5
 from pansharp_fast.data.hdf5 import Epochs, PanCollection, flip_rotate
 from pansharp_fast.data.resample import interp23, lpan
 
@@ -105,8 +106,63 @@ def test_pickles_without_open_files_and_checks_indices(tmp_path):
     write(tmp_path / "a.h5")
     data = PanCollection(tmp_path / "a.h5", peak=2047)
     torch.testing.assert_close(pickle.loads(pickle.dumps(data))[0]["pan"], data[0]["pan"])
-    with pytest.raises(IndexError, match="expected 0 to 2, got 3"):
+    with pytest.raises(IndexError, match="expected -3 to 2, got 3"):
         data[3]
+    with pytest.raises(IndexError, match="expected -3 to 2, got -4"):
+        data[-4]
+    for index in (-1, -3, np.int64(-2)):
+        assert torch.equal(data[index]["pan"], data[3 + int(index)]["pan"])
+
+
+def packed(path, samples=20, chunk=5, **options):
+    arrays = write(path, n=samples)
+    with h5py.File(path, "w") as file:
+        for name, values in arrays.items():
+            file.create_dataset(name, data=values, chunks=(chunk, *values.shape[1:]), **options)
+
+
+def test_packed_chunks_are_unpacked_once(tmp_path, recwarn):
+    """Once read, a file is not needed again: its chunks are in memory."""
+    packed(tmp_path / "a.h5", compression="gzip")
+    write(tmp_path / "plain.h5", n=20)
+    data, plain = (PanCollection(tmp_path / name, peak=2047) for name in ("a.h5", "plain.h5"))
+    order = np.random.default_rng(0).permutation(20)
+    for number in range(2):
+        for index in order:
+            for name, image in plain[index].items():
+                assert torch.equal(data[index][name], image)
+        if number == 0:
+            with open(tmp_path / "a.h5", "r+b") as file:
+                file.write(bytes((tmp_path / "a.h5").stat().st_size))
+    assert not recwarn
+
+
+def test_large_packed_chunks_name_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(hdf5, "_CACHE", 1000)
+    packed(tmp_path / "a.h5", compression="gzip")
+    with pytest.warns(UserWarning, match="one sample a packed chunk, got 5") as caught:
+        PanCollection(tmp_path / "a.h5", peak=2047)[3]
+    assert len(caught) == 1
+    line = str(caught[0].message)
+    assert "h5repack -l ms:CHUNK=1x4x4x5 -l pan:CHUNK=1x1x16x20 -l gt:CHUNK=1x4x16x20" in line
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 1, "compression": "gzip"}])
+def test_other_chunks_need_no_cache(tmp_path, monkeypatch, recwarn, options):
+    monkeypatch.setattr(hdf5, "_CACHE", 0)
+    packed(tmp_path / "a.h5", **options)
+    PanCollection(tmp_path / "a.h5", peak=2047)[3]
+    assert not recwarn
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 50_000, 50_000), (2, 4, 0, 5)])
+def test_absurd_sizes_are_refused(tmp_path, shape):
+    with h5py.File(tmp_path / "a.h5", "w") as file:  # nothing is written: a file of a few KB
+        file.create_dataset("ms", shape, chunks=(1, 1, 64, 64) if 0 not in shape else None)
+        big = (2, 1, 4 * shape[2], 4 * shape[3])
+        file.create_dataset("pan", big, chunks=(1, 1, 64, 64) if 0 not in shape else None)
+    with pytest.raises(ValueError, match="ms: expected samples of at least one pixel and at most 1 GiB"):
+        PanCollection(tmp_path / "a.h5", peak=2047)
 
 
 @pytest.mark.parametrize("bits", range(8))

@@ -198,7 +198,7 @@ def test_refusals(settings, files, tmp_path):
     assert not out.exists()
     out.mkdir()
     save_state(out / "last.safetensors", {"model.x": torch.zeros(1)}, {"recipe": "prior", "step": 1, "best": None})
-    with pytest.raises(ValueError, match="expected a state of recipe pancrafter, got prior"):
+    with pytest.raises(ValueError, match="expected a state of recipe pancrafter, got 'prior'"):
         trainer(settings, out=out).run(resume=True)
     (out / "last.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="expected a safetensors file"):
