@@ -212,7 +212,7 @@ class Output:
         self.path, self.preview, self.cog, self.dtype, self.nodata = path, preview, cog, dtype, nodata
         compression = {"compress": "deflate", "predictor": 3 if dtype.kind == "f" else 2}
         asked = {key.lower(): value for key, value in creation_options.items()}
-        if asked.get("compress", "deflate").lower() not in ("deflate", "lzw", "zstd"):
+        if "nbits" in asked or asked.get("compress", "deflate").lower() not in ("deflate", "lzw", "zstd"):
             del compression["predictor"]
         self.final_options = {**(compression if cog else {}), **asked}
         if cog:

@@ -213,6 +213,7 @@ def test_creation_options_that_are_refused(scene, tmp_path, options, cog, messag
         ({"PROFILE": "GeoTIFF"}, ["out.tif.aux.xml"]),
         ({"TILED": "NO", "BLOCKYSIZE": "16"}, []),
         ({"COMPRESS": "LERC"}, []),
+        ({"NBITS": "11"}, []),
         ({"INTERLEAVE": "band", "COMPRESS": "ZSTD", "ZSTD_LEVEL": "3"}, []),
     ],
 )
