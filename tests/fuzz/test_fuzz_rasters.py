@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pansharp_fast.data.rasters import RasterPair
 from pansharp_fast.data.sources import check_local, source_files
 
-from .mutations import damaged, fuzz_settings, kept, survives
+from .mutations import damaged, fuzz_settings, survives
 
 GRID = Affine(0.5, 0, 593270.25, 0, -0.5, 5747657.5)
 VRT = b"""<VRTDataset rasterXSize="16" rasterYSize="16"><SRS>EPSG:32631</SRS>
@@ -69,13 +69,6 @@ def test_vrts(tmp_path, content):
     survives(lambda: read(tmp_path / "pan.tif", tmp_path / "ms.vrt"), OSError, ValueError)
     source_files(tmp_path / "ms.vrt")
     survives(lambda: check_local("MS", tmp_path / "ms.vrt"), ValueError)
-
-
-@pytest.mark.parametrize("content", kept("ms.tif"))
-def test_kept(tmp_path, content):
-    (tmp_path / "pan.tif").write_bytes(tiff(64, 1, "none"))
-    (tmp_path / "ms.tif").write_bytes(content)
-    survives(lambda: read(tmp_path / "pan.tif", tmp_path / "ms.tif"), OSError, ValueError)
 
 
 def test_vrts_inside_each_other(tmp_path):
