@@ -1,0 +1,291 @@
+"""How a sensor sees a scene: `ms_b = sample(mtf_b(move(x_b, d_b)), ratio, phase)`, and the way back.
+
+All of it is linear and separable: an image is multiplied by a banded matrix along each axis, so that blur, displacement
+and sampling are one step, exact at any fraction of a pixel, and gradients flow through the images.
+
+Conventions. `ratio` is PAN pixels per MS pixel, any real number. `phase` is the PAN index of the first MS pixel's
+centre: (ratio - 1) / 2 where pixel areas are aligned (GeoTIFF), ratio / 2 in PanCollection and toolbox files. `d` is
+the displacement (dy, dx) of each band in PAN pixels, down and right positive: band b shows at p + d_b what PAN shows at
+p. Ratio and phase are one number, or two for rows and columns. An image "in PAN's frame" shows things where PAN does.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .resample import _TAPS, check_image
+
+#: One number, or one for rows and one for columns.
+Both = float | Sequence[float]
+
+#: Ratios that a pair may have.
+RATIOS = (1.5, 16.0)
+#: MS pixels that the interpolation kernel reaches to each side.
+REACH = 11
+#: Standard deviations at which the Gaussian of the MTF is cut off.
+CUT = 4.5
+_STAGES = 8
+
+
+def both(value: Both) -> tuple[float, float]:
+    """(rows, columns) of one number or two."""
+    if isinstance(value, Sequence | np.ndarray | Tensor):
+        rows, columns = (float(v) for v in value)
+        return rows, columns
+    return float(value), float(value)
+
+
+def check_ratio(ratio: Both) -> tuple[float, float]:
+    """`both(ratio)`.
+
+    Raises:
+        ValueError: a ratio is not between 1.5 and 16.
+    """
+    values = both(ratio)
+    if not all(RATIOS[0] <= value <= RATIOS[1] for value in values):
+        raise ValueError(f"ratio: expected {RATIOS[0]:g} to {RATIOS[1]:g} PAN pixels per MS pixel, got {ratio}")
+    return values
+
+
+def aligned_phase(ratio: Both) -> tuple[float, float]:
+    """Phase of grids whose pixel areas are aligned, as those of GeoTIFFs with one corner: (ratio - 1) / 2."""
+    rows, columns = both(ratio)
+    return (rows - 1) / 2, (columns - 1) / 2
+
+
+def mtf_sigma(gain: float, ratio: float) -> float:
+    """Standard deviation, in PAN pixels, of the Gaussian whose response at MS's Nyquist frequency is `gain`.
+
+    Raises:
+        ValueError: `gain` is not between 0 and 1.
+    """
+    if not 0 < gain < 1:
+        raise ValueError(f"gains: expected numbers between 0 and 1, got {gain}")
+    return ratio / math.pi * math.sqrt(-2 * math.log(gain))
+
+
+@functools.cache
+def _table() -> np.ndarray:
+    """The interpolation kernel from -REACH to REACH, 2**_STAGES values a pixel.
+
+    The limit of doubling again and again by the 23 taps of `interp23`: at halves, quarters and eighths of a pixel it
+    is exactly what `interp23` computes, and it is defined in between.
+    """
+    taps = np.zeros(4 * len(_TAPS) - 1)
+    middle = len(taps) // 2
+    taps[middle] = 1
+    for j, tap in enumerate(_TAPS):
+        taps[[middle - 2 * j - 1, middle + 2 * j + 1]] = tap
+    kernel = np.ones(1)
+    for _ in range(_STAGES):
+        spread = np.zeros(2 * len(kernel) - 1)
+        spread[::2] = kernel
+        kernel = np.convolve(spread, taps)
+    reach = REACH << _STAGES
+    return np.pad(kernel, reach + 1)[len(kernel) // 2 + 1 :][: 2 * reach + 1]
+
+
+def _interpolation(t: np.ndarray) -> np.ndarray:
+    """The interpolation kernel at `t` source pixels from its centre."""
+    place = (t * (1 << _STAGES) + (REACH << _STAGES)).clip(0, (REACH << _STAGES + 1) - 1e-6)
+    left = place.astype(np.int64)
+    part, table = place - left, _table()
+    return table[left] * (1 - part) + table[left + 1] * part
+
+
+@functools.lru_cache(maxsize=256)
+def _matrix(count: int, start: float, step: float, length: int, sigma: float | None) -> Tensor:
+    """[count, length] float64: row i weighs `length` pixels around position start + i * step; rows add up to 1.
+
+    Interpolation, or a Gaussian of `sigma` pixels. Beyond its border an image repeats its last pixel.
+    """
+    if sigma is None:
+        reach, kernel = REACH, _interpolation
+    else:
+        reach, kernel = math.ceil(CUT * sigma), lambda t: np.exp(-0.5 * (t / sigma) ** 2)
+    position = start + step * np.arange(count)
+    index = np.floor(position).astype(np.int64)[:, None] + np.arange(1 - reach, reach + 1)
+    weight = kernel(index - position[:, None])
+    weight /= weight.sum(1, keepdims=True)
+    matrix = np.zeros((count, length))
+    np.add.at(matrix, (np.arange(count)[:, None], index.clip(0, length - 1)), weight)
+    return torch.from_numpy(matrix)
+
+
+def _starts(d: Tensor | None, bands: int) -> np.ndarray:
+    """Displacements as [B or 1, C, 2], rounded where nothing can be seen any more, so that equal ones share a matrix."""
+    if d is None:
+        return np.zeros((1, bands, 2))
+    values = d.detach().cpu().double().numpy().round(6)
+    if values.ndim not in (2, 3) or values.shape[-2:] != (bands, 2):
+        raise ValueError(f"d: expected [{bands}, 2] or [B, {bands}, 2], got {tuple(values.shape)}")
+    return values.reshape(-1, bands, 2)
+
+
+def _apply(
+    x: Tensor, size: tuple[int, int], start: np.ndarray, step: tuple[float, float], sigma: np.ndarray | None
+) -> Tensor:
+    """[B,C,H,W] sampled at rows and columns start + i * step; start [B or 1, C, 2], sigma [C, 2] or None."""
+    check_image("x", x)
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    for axis in (0, 1):
+        length = x.shape[2 + axis]
+        stacks = []
+        for image in start:
+            rows = []
+            for band, place in enumerate(image):
+                width = None if sigma is None else float(sigma[band, axis])
+                rows.append(_matrix(size[axis], float(place[axis]), step[axis], length, width))
+            stacks.append(rows)
+        alike = all(row is stacks[0][0] for rows in stacks for row in rows)
+        # One matrix for everything, or one a band.
+        matrix = stacks[0][0] if alike else torch.stack([torch.stack(rows) for rows in stacks])
+        matrix = matrix.to(wide)
+        wide = matrix @ wide if axis == 0 else wide @ matrix.transpose(-1, -2)
+    return wide.to(x.dtype)
+
+
+def resample(x: Tensor, size: tuple[int, int], start: Tensor | None, step: Both) -> Tensor:
+    """Interpolate [B,C,h,w] at rows and columns start + i * step of its own pixels.
+
+    The kernel is that of `interp23` made continuous (B. Aiazzi et al., IEEE TGRS 2002); the border is repeated.
+
+    Args:
+        x: [B, C, h, w], floating point.
+        size: rows and columns of the result.
+        start: [C, 2] or [B, C, 2], position of the first sample in pixels of `x`; None is 0.
+        step: pixels of `x` from one sample to the next.
+
+    Returns:
+        [B, C, *size], dtype of `x`. Differentiable in `x`.
+
+    Raises:
+        ValueError, TypeError: `x` is no image or `start` has another shape.
+    """
+    return _apply(x, size, _starts(start, x.shape[1]), both(step), None)
+
+
+def move(x: Tensor, d: Tensor) -> Tensor:
+    """Move each band's content by d [C, 2] or [B, C, 2] pixels: down and right where positive. Border repeated."""
+    return resample(x, (x.shape[2], x.shape[3]), -d, 1.0)
+
+
+def upsample(
+    ms: Tensor,
+    size: tuple[int, int],
+    *,
+    ratio: Both,
+    phase: Both | None = None,
+    d: Tensor | None = None,
+    every: float = 1.0,
+    first: Both = 0.0,
+) -> Tensor:
+    """MS on PAN's grid and in PAN's frame: at p stands what band b shows at p + d_b. One interpolation.
+
+    Args:
+        ms: [B, C, h, w], floating point.
+        size: rows and columns of the result.
+        ratio, phase: of the grids, see the module; phase None means aligned pixel areas.
+        d: [C, 2] or [B, C, 2] displacements in PAN pixels; None is none.
+        every: PAN pixels from one sample to the next.
+        first: PAN row and column of the first sample.
+
+    Returns:
+        [B, C, *size], dtype of `ms`. Differentiable in `ms`.
+
+    Raises:
+        ValueError, TypeError: a shape, the ratio or the dtype is none of the above.
+    """
+    ratios, phases, firsts = check_ratio(ratio), both(aligned_phase(ratio) if phase is None else phase), both(first)
+    start = (_starts(d, ms.shape[1]) + np.subtract(firsts, phases)) / ratios
+    return _apply(ms, size, start, (every / ratios[0], every / ratios[1]), None)
+
+
+def observe(
+    x: Tensor,
+    size: tuple[int, int],
+    *,
+    gains: Sequence[float],
+    ratio: Both,
+    phase: Both | None = None,
+    d: Tensor | None = None,
+    every: float | None = None,
+) -> Tensor:
+    """What the sensor would see of `x`, an image in PAN's frame: each band moved, blurred by its MTF and sampled.
+
+    Args:
+        x: [B, C, H, W], floating point.
+        size: rows and columns of the result.
+        gains: MTF at MS's Nyquist frequency, one a band (a Gaussian; normalised, where the toolbox's sums to .999).
+        ratio, phase, d: as `upsample`.
+        every: PAN pixels from one sample to the next; None is the ratio.
+
+    Returns:
+        [B, C, *size], dtype of `x`. Differentiable in `x`.
+
+    Raises:
+        ValueError, TypeError: a shape, the ratio, a gain or the dtype is none of the above.
+    """
+    ratios, bands = check_ratio(ratio), x.shape[1]
+    phases = both(aligned_phase(ratio) if phase is None else phase)
+    if len(gains) != bands:
+        raise ValueError(f"gains: expected {bands}, got {len(gains)}")
+    sigma = np.array([[mtf_sigma(gain, value) for value in ratios] for gain in gains])
+    start = np.array(phases) - _starts(d, bands)
+    return _apply(x, size, start, ratios if every is None else (every, every), sigma)
+
+
+def blur(x: Tensor, sigma: float) -> Tensor:
+    """[B,C,H,W] through a Gaussian of `sigma` pixels, border repeated."""
+    widths = np.full((x.shape[1], 2), float(sigma))
+    return _apply(x, (x.shape[2], x.shape[3]), np.zeros((1, x.shape[1], 2)), (1.0, 1.0), widths)
+
+
+#: `back_projection="auto"`: steps, and the Gaussian (in MS pixels) through which the residual goes first. Full steps
+#: lay mottle and coloured halos on real images, whose MTF and local displacement are never known exactly.
+AUTO_STEPS, AUTO_BLUR = 2, 0.5
+
+
+def back_project(
+    x: Tensor,
+    ms: Tensor,
+    *,
+    gains: Sequence[float],
+    ratio: Both,
+    phase: Both | None = None,
+    d: Tensor | None = None,
+    steps: int | str = "auto",
+) -> Tensor:
+    """Bring `x` closer to MS: `x += upsample(ms - observe(x))`, step by step.
+
+    M. Irani and S. Peleg, "Improving resolution by image registration", CVGIP 1991.
+
+    Args:
+        x: [B, C, H, W] in PAN's frame, floating point.
+        ms: [B, C, h, w].
+        gains, ratio, phase, d: as `observe`.
+        steps: how often in full; "auto" is `AUTO_STEPS` with the residual blurred first; 0 returns `x`.
+
+    Returns:
+        [B, C, H, W], dtype of `x`. Differentiable.
+
+    Raises:
+        ValueError, TypeError: as `observe`, or steps is none of the above.
+    """
+    soft = steps == "auto"
+    count = AUTO_STEPS if steps == "auto" else steps
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"back_projection: expected auto or a number from 0, got {steps!r}")
+    small, large = (ms.shape[2], ms.shape[3]), (x.shape[2], x.shape[3])
+    for _ in range(count):
+        residual = ms.to(x.dtype) - observe(x, small, gains=gains, ratio=ratio, phase=phase, d=d)
+        if soft:
+            residual = blur(residual, AUTO_BLUR)
+        x = x + upsample(residual, large, ratio=ratio, phase=phase, d=d)
+    return x
