@@ -17,6 +17,36 @@ MIN_RATIO, MAX_RATIO = 1.5, 16.0
 #: A grid that drifts by less than this many PAN pixels from one of halves counts as that one.
 SNAP = 1e-3
 
+#: One number, or one for rows and one for columns.
+Both = float | Sequence[float]
+
+
+def both(value: Both) -> tuple[float, float]:
+    """(rows, columns) of one number or two."""
+    if isinstance(value, int | float):
+        return float(value), float(value)
+    rows, columns = (float(v) for v in value)
+    return rows, columns
+
+
+def both_ratios(ratio: Both) -> tuple[float, float]:
+    """`both(ratio)`.
+
+    Raises:
+        ValueError: MS pixels of this size cannot be sharpened.
+    """
+    ratios = both(ratio)
+    check_ratio(ratios)
+    return ratios
+
+
+def default_phase(phase: Both | None, ratio: Both) -> tuple[float, float]:
+    """`both(phase)`; None is that of aligned pixel areas."""
+    if phase is not None:
+        return both(phase)
+    rows, columns = both(ratio)
+    return aligned_phase(rows), aligned_phase(columns)
+
 
 def aligned_phase(ratio: float) -> float:
     """Phase where the areas of the first PAN and MS pixel share their corner."""

@@ -19,44 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .resample import _TAPS, check_image
+from .grid import Both, both, default_phase, both_ratios
+from .resample import TAPS, check_image, cubic
 
-#: One number, or one for rows and one for columns.
-Both = float | Sequence[float]
-
-#: Ratios that a pair may have.
-RATIOS = (1.5, 16.0)
 #: MS pixels that the interpolation kernel reaches to each side.
 REACH = 11
 #: Standard deviations at which the Gaussian of the MTF is cut off.
 CUT = 4.5
 _STAGES = 8
-
-
-def both(value: Both) -> tuple[float, float]:
-    """(rows, columns) of one number or two."""
-    if isinstance(value, Sequence | np.ndarray | Tensor):
-        rows, columns = (float(v) for v in value)
-        return rows, columns
-    return float(value), float(value)
-
-
-def check_ratio(ratio: Both) -> tuple[float, float]:
-    """`both(ratio)`.
-
-    Raises:
-        ValueError: a ratio is not between 1.5 and 16.
-    """
-    values = both(ratio)
-    if not all(RATIOS[0] <= value <= RATIOS[1] for value in values):
-        raise ValueError(f"ratio: expected {RATIOS[0]:g} to {RATIOS[1]:g} PAN pixels per MS pixel, got {ratio}")
-    return values
-
-
-def aligned_phase(ratio: Both) -> tuple[float, float]:
-    """Phase of grids whose pixel areas are aligned, as those of GeoTIFFs with one corner: (ratio - 1) / 2."""
-    rows, columns = both(ratio)
-    return (rows - 1) / 2, (columns - 1) / 2
 
 
 def mtf_sigma(gain: float, ratio: float) -> float:
@@ -77,10 +47,10 @@ def _table() -> np.ndarray:
     The limit of doubling again and again by the 23 taps of `interp23`: at halves, quarters and eighths of a pixel it
     is exactly what `interp23` computes, and it is defined in between.
     """
-    taps = np.zeros(4 * len(_TAPS) - 1)
+    taps = np.zeros(4 * len(TAPS) - 1)
     middle = len(taps) // 2
     taps[middle] = 1
-    for j, tap in enumerate(_TAPS):
+    for j, tap in enumerate(TAPS):
         taps[[middle - 2 * j - 1, middle + 2 * j + 1]] = tap
     kernel = np.ones(1)
     for _ in range(_STAGES):
@@ -99,19 +69,28 @@ def _interpolation(t: np.ndarray) -> np.ndarray:
     return table[left] * (1 - part) + table[left + 1] * part
 
 
+def _cubic(t: np.ndarray) -> np.ndarray:
+    return cubic(torch.from_numpy(t)).numpy()
+
+
 @functools.lru_cache(maxsize=256)
-def _matrix(count: int, start: float, step: float, length: int, sigma: float | None) -> Tensor:
+def _matrix(count: int, start: float, step: float, length: int, sigma: float | str | None) -> Tensor:
     """[count, length] float64: row i weighs `length` pixels around position start + i * step; rows add up to 1.
 
-    Interpolation, or a Gaussian of `sigma` pixels. Beyond its border an image repeats its last pixel.
+    Interpolation, cubic interpolation ("cubic"), or a Gaussian of `sigma` pixels. Beyond its border an image repeats
+    its last pixel; for "cubic" there is nothing.
     """
     if sigma is None:
         reach, kernel = REACH, _interpolation
+    elif isinstance(sigma, str):
+        reach, kernel = 2, _cubic
     else:
         reach, kernel = math.ceil(CUT * sigma), lambda t: np.exp(-0.5 * (t / sigma) ** 2)
     position = start + step * np.arange(count)
     index = np.floor(position).astype(np.int64)[:, None] + np.arange(1 - reach, reach + 1)
     weight = kernel(index - position[:, None])
+    if sigma == "cubic":
+        weight *= (index >= 0) & (index < length)
     weight /= weight.sum(1, keepdims=True)
     matrix = np.zeros((count, length))
     np.add.at(matrix, (np.arange(count)[:, None], index.clip(0, length - 1)), weight)
@@ -119,7 +98,7 @@ def _matrix(count: int, start: float, step: float, length: int, sigma: float | N
 
 
 def _starts(d: Tensor | None, bands: int) -> np.ndarray:
-    """Displacements as [B or 1, C, 2], rounded where nothing can be seen any more, so that equal ones share a matrix."""
+    """Displacements as [B or 1, C, 2], rounded far below what can be seen, so that equal ones share a matrix."""
     if d is None:
         return np.zeros((1, bands, 2))
     values = d.detach().cpu().double().numpy().round(6)
@@ -129,9 +108,9 @@ def _starts(d: Tensor | None, bands: int) -> np.ndarray:
 
 
 def _apply(
-    x: Tensor, size: tuple[int, int], start: np.ndarray, step: tuple[float, float], sigma: np.ndarray | None
+    x: Tensor, size: tuple[int, int], start: np.ndarray, step: tuple[float, float], sigma: np.ndarray | str | None
 ) -> Tensor:
-    """[B,C,H,W] sampled at rows and columns start + i * step; start [B or 1, C, 2], sigma [C, 2] or None."""
+    """[B,C,H,W] sampled at rows and columns start + i * step; start [B or 1, C, 2], sigma [C, 2] or as `_matrix`."""
     check_image("x", x)
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     for axis in (0, 1):
@@ -140,7 +119,7 @@ def _apply(
         for image in start:
             rows = []
             for band, place in enumerate(image):
-                width = None if sigma is None else float(sigma[band, axis])
+                width = float(sigma[band, axis]) if isinstance(sigma, np.ndarray) else sigma
                 rows.append(_matrix(size[axis], float(place[axis]), step[axis], length, width))
             stacks.append(rows)
         alike = all(row is stacks[0][0] for rows in stacks for row in rows)
@@ -185,6 +164,7 @@ def upsample(
     d: Tensor | None = None,
     every: float = 1.0,
     first: Both = 0.0,
+    gdal: bool = False,
 ) -> Tensor:
     """MS on PAN's grid and in PAN's frame: at p stands what band b shows at p + d_b. One interpolation.
 
@@ -195,6 +175,7 @@ def upsample(
         d: [C, 2] or [B, C, 2] displacements in PAN pixels; None is none.
         every: PAN pixels from one sample to the next.
         first: PAN row and column of the first sample.
+        gdal: by GDAL's cubic kernel (R. Keys, IEEE TASSP 1981, a = -0.5) instead; beyond the border there is nothing.
 
     Returns:
         [B, C, *size], dtype of `ms`. Differentiable in `ms`.
@@ -202,9 +183,9 @@ def upsample(
     Raises:
         ValueError, TypeError: a shape, the ratio or the dtype is none of the above.
     """
-    ratios, phases, firsts = check_ratio(ratio), both(aligned_phase(ratio) if phase is None else phase), both(first)
+    ratios, phases, firsts = both_ratios(ratio), default_phase(phase, ratio), both(first)
     start = (_starts(d, ms.shape[1]) + np.subtract(firsts, phases)) / ratios
-    return _apply(ms, size, start, (every / ratios[0], every / ratios[1]), None)
+    return _apply(ms, size, start, (every / ratios[0], every / ratios[1]), "cubic" if gdal else None)
 
 
 def observe(
@@ -232,8 +213,7 @@ def observe(
     Raises:
         ValueError, TypeError: a shape, the ratio, a gain or the dtype is none of the above.
     """
-    ratios, bands = check_ratio(ratio), x.shape[1]
-    phases = both(aligned_phase(ratio) if phase is None else phase)
+    ratios, phases, bands = both_ratios(ratio), default_phase(phase, ratio), x.shape[1]
     if len(gains) != bands:
         raise ValueError(f"gains: expected {bands}, got {len(gains)}")
     sigma = np.array([[mtf_sigma(gain, value) for value in ratios] for gain in gains])

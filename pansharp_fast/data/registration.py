@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .observation import Both, aligned_phase, blur, both, check_ratio, observe, resample
+from .grid import Both, both_ratios, default_phase
+from .observation import blur, observe, resample
 from .sensors import Sensor, get_sensor
 
 #: MS pixels within which a displacement is looked for, by default and at most.
@@ -396,7 +397,7 @@ def measure(
     while len(grid[0]) * len(grid[1]) > MAX_WINDOWS:
         longest = int(len(grid[1]) > len(grid[0]))
         grid[longest] = _places(sizes[longest], side[longest], edges[longest], len(grid[longest]) - 1)
-    places = list(itertools.product(*grid))
+    places = list(itertools.product(grid[0], grid[1]))
     nothing = torch.zeros(1, count, 2, dtype=torch.float64)
     none = Registration(nothing, nothing[..., 0], nothing.clone(), nothing[..., 0] * math.nan, None, "none")
     if min(side) < 8:
@@ -418,7 +419,7 @@ def measure(
             d[band], confidence[band] = (peak[0] - steps) * step, peak[1]
     for _ in range(3):  # on the finer lattice, around what is known
         maps = _ratio(*_search(windows, torch.from_numpy(d), 1, _STEP))
-        for band in np.flatnonzero(confidence):
+        for band in (b for b in range(count) if confidence[b] > 0):
             score = maps[..., band]
             if not np.isfinite(score).all():
                 confidence[band] = 0
@@ -565,8 +566,7 @@ def register(
         )
     if ratio is None:
         ratio = (pan.shape[2] / max(ms.shape[2], 1), pan.shape[3] / max(ms.shape[3], 1))
-    ratios = check_ratio(ratio)
-    phases = aligned_phase(ratios) if phase is None else both(phase)
+    ratios, phases = both_ratios(ratio), default_phase(phase, ratio)
     gains = get_sensor(sensor).gains(ms.shape[1])
     pan_values, ms_values = pan.detach().cpu().float().numpy(), ms.detach().cpu().float().numpy()
     ms_valid = np.isfinite(ms_values)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 # Odd taps of the 23-tap polynomial kernel, centre outwards, times 2 (the even ones are 0, the centre is 1).
 # B. Aiazzi et al., "Context-driven fusion of high spatial and spectral resolution images based on oversampled
 # multiresolution analysis", IEEE TGRS 2002.
-_TAPS = tuple(
+TAPS = tuple(
     2 * tap
     for tap in (0.305334091185, -0.072698593239, 0.021809577942, -0.005192756653, 0.000807762146, -0.000060081482)
 )
@@ -38,12 +38,12 @@ def check_whole_ratio(ratio: int) -> None:
 
 def _double(x: torch.Tensor, dim: int, first: bool) -> torch.Tensor:
     """Twice the samples along `dim`: old ones at odd positions (first stage) or even ones, circular border."""
-    n, reach = x.shape[dim], len(_TAPS)
+    n, reach = x.shape[dim], len(TAPS)
     wrapped = x.index_select(dim, torch.arange(-reach, n + reach, device=x.device) % n)
     # The new sample lies between old ones k-1 and k in the first stage, k and k+1 in later ones.
     left = reach - 1 if first else reach
     between = torch.zeros_like(x)
-    for j, tap in enumerate(_TAPS):
+    for j, tap in enumerate(TAPS):
         between = between + tap * (wrapped.narrow(dim, left - j, n) + wrapped.narrow(dim, left + 1 + j, n))
     pair = (between, x) if first else (x, between)
     return torch.stack(pair, dim + 1).flatten(dim, dim + 1)
@@ -72,7 +72,7 @@ def interp23(x: torch.Tensor, ratio: int = 4) -> torch.Tensor:
     return x
 
 
-def _cubic(t: torch.Tensor) -> torch.Tensor:
+def cubic(t: torch.Tensor) -> torch.Tensor:
     """Keys' cubic kernel, a = -0.5."""
     t = t.abs()
     near = (1.5 * t - 2.5) * t**2 + 1
@@ -86,7 +86,7 @@ def _resize_dim(x: torch.Tensor, dim: int, scale: float, antialias: bool) -> tor
     # MATLAB's grid: pixel centres at integers counted from 1, both images spanning the same extent.
     centre = torch.arange(1, math.ceil(scale * n) + 1, dtype=torch.float64) / scale + 0.5 * (1 - 1 / scale)
     index = (centre - width / 2).floor()[:, None] + torch.arange(math.ceil(width) + 2)
-    weight = _cubic(shrink * (centre[:, None] - index))
+    weight = cubic(shrink * (centre[:, None] - index))
     weight = weight / weight.sum(1, keepdim=True)
     used = weight.any(0).nonzero().flatten().tolist()
     weight = weight.to(x)

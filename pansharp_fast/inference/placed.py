@@ -1,0 +1,222 @@
+"""A window of PAN with the MS that belongs to it: read, nodata filled, every band brought where PAN lies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.observation import AUTO_BLUR, AUTO_STEPS, blur, move, observe, upsample
+from ..data.registration import Registration, Source
+
+#: MS pixels around a window that interpolation, blur and back-projection look at.
+CONTEXT = 16
+#: Widths, in pixels, of the Gaussians by which nodata is filled from its surroundings; beyond them by the band's mean.
+FILL = (1.0, 2.0)
+#: PAN pixels by which a displacement may vary within a window before the window is bent.
+BENT = 0.02
+
+
+def fill(values: Tensor, valid: Tensor, means: Tensor) -> Tensor:
+    """[C, H, W] with invalid pixels replaced: from valid ones near them, else by `means` [C].
+
+    What a pixel becomes depends on its surroundings alone, wherever a window ends.
+    """
+    if bool(valid.all()):
+        return values
+    out = torch.where(valid, values, means.to(values)[:, None, None])
+    known = torch.where(valid, values, 0)[None]
+    weight = valid.to(values)[None]
+    for sigma in reversed(FILL):
+        share = blur(weight, sigma)[0]
+        near = share > 1e-3
+        estimate = blur(known, sigma)[0] / share.clamp_min(1e-6)
+        out = torch.where(~valid & near, estimate, out)
+    return out
+
+
+@dataclass
+class Means:
+    """Means of the pixels that hold data: pan [1], ms [C]."""
+
+    pan: Tensor
+    ms: Tensor
+
+
+class Placed:
+    """PAN rows top.. and columns left.. of a pair, and the bands registered on them.
+
+    Args:
+        source: the pair.
+        registration: of the chosen bands, a batch of one.
+        bands: numbers of the chosen bands, from 1.
+        gains: their MTF at MS's Nyquist frequency.
+        window: top, left, height and width in PAN pixels; may leave PAN.
+        means: what stands where nothing near holds data; None takes those of the window.
+
+    Attributes:
+        pan: [1, 1, H, W] float32, filled.
+        ms: [1, C, h, w] float32, filled.
+        pan_valid, ms_valid: bool [H, W], [C, h, w].
+        ratio, phase: of the window's grids.
+        d: [C, 2] float64 PAN pixels.
+        bend: [1, 2, H, W] float32 or None: what is added to `d` from place to place.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        registration: Registration,
+        bands: Sequence[int],
+        gains: Sequence[float],
+        window: tuple[int, int, int, int],
+        means: Means | None = None,
+    ) -> None:
+        top, left, height, width = window
+        self.ratio, self.gains, self.d = source.ratio, list(gains), registration.d[0].clone()
+        self.bend: Tensor | None = None
+        span = torch.zeros(2, 2, dtype=torch.float64)
+        if registration.field is not None:
+            rows, columns = torch.arange(top, top + height), torch.arange(left, left + width)
+            field = registration.at(rows, columns, (source.height, source.width))
+            middle = (field.amax((2, 3)) + field.amin((2, 3)))[0] / 2
+            self.d += middle
+            bend = field - middle[None, :, None, None]
+            if float(bend.abs().max()) > BENT:
+                self.bend = bend.float()
+                span = torch.stack([bend.amin((2, 3))[0], bend.amax((2, 3))[0]])
+        first, size = [], []
+        for axis, (start, length) in enumerate(((top, height), (left, width))):
+            low = start + float(self.d[:, axis].min() + span[0, axis]) - source.phase[axis]
+            high = start + length - 1 + float(self.d[:, axis].max() + span[1, axis]) - source.phase[axis]
+            first.append(math.floor(low / source.ratio[axis]) - CONTEXT)
+            size.append(math.ceil(high / source.ratio[axis]) + CONTEXT + 1 - first[-1])
+        pan, pan_valid = source.read_pan(top, left, height, width)
+        ms, ms_valid = source.read_ms(first[0], first[1], size[0], size[1], bands)
+        self.pan_valid, self.ms_valid = torch.from_numpy(pan_valid), torch.from_numpy(ms_valid)
+        self.phase = tuple(
+            source.phase[axis] + source.ratio[axis] * first[axis] - start for axis, start in ((0, top), (1, left))
+        )
+        pan_values, ms_values = (torch.from_numpy(np.ascontiguousarray(x, np.float32)) for x in (pan, ms))
+        if means is None:
+            means = Means(_means(pan_values, self.pan_valid[None]), _means(ms_values, self.ms_valid))
+        self.pan = fill(pan_values, self.pan_valid[None], means.pan)[None]
+        self.ms = fill(ms_values, self.ms_valid, means.ms)[None]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.pan.shape[2], self.pan.shape[3]
+
+    def up(self, *, every: float = 1.0, first: float = 0.0, gdal: bool = False) -> Tensor:
+        """[1, C, ...]: the bands in PAN's frame, every so many PAN pixels from index `first` on."""
+        size = tuple(max(0, math.ceil((length - first) / every)) for length in self.size)
+        place = {"ratio": self.ratio, "phase": self.phase}
+        if self.bend is None:
+            return upsample(self.ms, (size[0], size[1]), **place, d=self.d, every=every, first=first, gdal=gdal)
+        whole = _bent(upsample(self.ms, self.size, **place, d=self.d, gdal=gdal), self.bend)
+        if every == 1 and first == 0:
+            return whole
+        grid = {"ratio": 1.5, "phase": 0.0}  # sampled again from PAN's grid, where MS has no detail to lose
+        return upsample(whole, (size[0], size[1]), **grid, every=1.5 * every, first=1.5 * first)
+
+    def observe(self, x: Tensor) -> Tensor:
+        """[1, C, h, w]: what the sensor would see of `x` [1, C, H, W]."""
+        if self.bend is not None:
+            x = _bent(x, -self.bend)
+        return observe(
+            x, (self.ms.shape[2], self.ms.shape[3]), gains=self.gains, ratio=self.ratio, phase=self.phase, d=self.d
+        )
+
+    def valid(self) -> Tensor:
+        """[H, W]: where PAN holds data, and every band at the place that belongs there."""
+        out = self.pan_valid.clone()
+        for band, place in enumerate(self.d):
+            out &= self._band_valid(band, place, self.bend)
+        return out
+
+    def valid_in_ms_frame(self) -> Tensor:
+        """[H, W]: where every band holds data, and PAN at the places that belong there."""
+        out = torch.ones_like(self.pan_valid)
+        for band, (dy, dx) in enumerate(self.d.tolist()):
+            rows = (torch.arange(self.size[0]) - dy).round().long()
+            columns = (torch.arange(self.size[1]) - dx).round().long()
+            inside = ((rows >= 0) & (rows < self.size[0]))[:, None] & (columns >= 0) & (columns < self.size[1])
+            moved = self.pan_valid[rows.clamp(0, self.size[0] - 1)][:, columns.clamp(0, self.size[1] - 1)]
+            out &= moved & inside & self._band_valid(band, torch.zeros(2, dtype=torch.float64), None)
+        return out
+
+    def _band_valid(self, band: int, d: Tensor, bend: Tensor | None) -> Tensor:
+        if bend is None:
+            rows, columns = (
+                ((torch.arange(length) + float(d[axis]) - self.phase[axis]) / self.ratio[axis]).round().long()
+                for axis, length in enumerate(self.size)
+            )
+            limits = self.ms_valid.shape[1:]
+            return self.ms_valid[band][rows.clamp(0, limits[0] - 1)][:, columns.clamp(0, limits[1] - 1)]
+        rows = torch.arange(self.size[0])[:, None] + float(d[0]) + bend[0, 0].double()
+        columns = torch.arange(self.size[1]) + float(d[1]) + bend[0, 1].double()
+        row, column = (
+            ((place - self.phase[axis]) / self.ratio[axis]).round().long().clamp(0, self.ms_valid.shape[1 + axis] - 1)
+            for axis, place in enumerate((rows, columns))
+        )
+        return self.ms_valid[band][row, column]
+
+    def usable(self) -> Tensor:
+        """[1, C, h, w] bool: MS pixels that hold data and see nothing but PAN pixels that do, inside the window."""
+        cover = self.pan_valid.float()[None, None]
+        lost = F.max_pool2d(1 - cover, 3, stride=1, padding=1)
+        out = self.ms_valid.clone()
+        for axis, length in enumerate(self.size):
+            place = self.phase[axis] + self.ratio[axis] * torch.arange(self.ms_valid.shape[1 + axis])
+            for band in range(len(out)):
+                where = place - float(self.d[band, axis])
+                inside = (where >= -0.5) & (where <= length - 0.5)
+                out[band] &= inside[:, None] if axis == 0 else inside
+        if bool(lost.any()):
+            seen = observe(
+                lost.expand(-1, len(out), -1, -1),
+                (self.ms.shape[2], self.ms.shape[3]),
+                gains=self.gains,
+                ratio=self.ratio,
+                phase=self.phase,
+                d=self.d,
+            )
+            out &= seen[0] < 0.02
+        return out[None]
+
+    def back_project(self, x: Tensor, steps: int | str) -> Tensor:
+        """As `data.observation.back_project`; void pixels have no part in it."""
+        count = AUTO_STEPS if steps == "auto" else int(steps)
+        if not count:
+            return x
+        usable = self.usable()
+        for _ in range(count):
+            residual = torch.where(usable, self.ms.to(x) - self.observe(x), 0)
+            if steps == "auto":
+                residual = blur(residual, AUTO_BLUR)
+            extra = upsample(residual, self.size, ratio=self.ratio, phase=self.phase, d=self.d)
+            x = x + (extra if self.bend is None else _bent(extra, self.bend))
+        return x
+
+    def to_ms_frame(self, x: Tensor) -> Tensor:
+        """[1, C, H, W] in PAN's frame, each band moved back where its own MS band lies."""
+        moved = move(x, self.d)
+        return moved if self.bend is None else _bent(moved, -self.bend)
+
+
+def _means(values: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid, values, 0).double().sum((1, 2)) / valid.sum((1, 2)).clamp_min(1)
+
+
+def _bent(x: Tensor, bend: Tensor) -> Tensor:
+    """[1, C, H, W] read at p + bend(p): cubic, for images far smoother than the grid."""
+    height, width = x.shape[2:]
+    rows = torch.arange(height)[:, None] + bend[0, 0]
+    columns = torch.arange(width) + bend[0, 1]
+    grid = torch.stack([(2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1], -1)[None].to(x)
+    return F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False)
