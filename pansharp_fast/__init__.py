@@ -29,6 +29,10 @@ _LAZY = {
     "BackendError": "ops",
     "accelerate": "compat",
     "sharpen": "inference",
+    "sharpen_scene": "inference",
+    "register": "data.registration",
+    "Registration": "data.registration",
+    "classical": "",
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .grid import Both, both, default_phase, both_ratios
+from .grid import Both, both, both_ratios, default_phase
 from .resample import TAPS, check_image, cubic
 
 #: MS pixels that the interpolation kernel reaches to each side.

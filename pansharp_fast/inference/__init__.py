@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from .arrays import Sharpener, SharpeningModel, sharpen, sharpen_with_uncertainty
+from .arrays import sharpen, sharpen_with_uncertainty
+from .sharpener import Sharpener, SharpeningModel
 
 __all__ = ["Sharpener", "SharpeningModel", "sharpen", "sharpen_scene", "sharpen_with_uncertainty"]
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..baselines import brovey, exp
 from ..data import SENSORS, degrade
+from ..data.grid import RATIO
 from ..metrics import ergas, psnr, sam
-from .arrays import RATIO, Sharpener
 from .output import natural_colours, percentiles, stretch
 from .scenes import Scene
+from .sharpener import Sharpener
 from .tiles import Span
 from .whole import sharpen_scene
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.observation import AUTO_BLUR, AUTO_STEPS, blur, move, observe, upsample
+from ..data.observation import AUTO_BLUR, AUTO_STEPS, blur, move, observe, resample, upsample
 from ..data.registration import Registration, Source
 
 #: MS pixels around a window that interpolation, blur and back-projection look at.
@@ -115,14 +116,15 @@ class Placed:
     def up(self, *, every: float = 1.0, first: float = 0.0, gdal: bool = False) -> Tensor:
         """[1, C, ...]: the bands in PAN's frame, every so many PAN pixels from index `first` on."""
         size = tuple(max(0, math.ceil((length - first) / every)) for length in self.size)
-        place = {"ratio": self.ratio, "phase": self.phase}
+        place: dict[str, Any] = {"ratio": self.ratio, "phase": self.phase}
         if self.bend is None:
             return upsample(self.ms, (size[0], size[1]), **place, d=self.d, every=every, first=first, gdal=gdal)
         whole = _bent(upsample(self.ms, self.size, **place, d=self.d, gdal=gdal), self.bend)
         if every == 1 and first == 0:
             return whole
-        grid = {"ratio": 1.5, "phase": 0.0}  # sampled again from PAN's grid, where MS has no detail to lose
-        return upsample(whole, (size[0], size[1]), **grid, every=1.5 * every, first=1.5 * first)
+        # Sampled again from PAN's grid, on which MS has no detail to lose.
+        start = torch.full((whole.shape[1], 2), float(first))
+        return resample(whole, (size[0], size[1]), start, every)
 
     def observe(self, x: Tensor) -> Tensor:
         """[1, C, h, w]: what the sensor would see of `x` [1, C, H, W]."""
@@ -143,8 +145,7 @@ class Placed:
         """[H, W]: where every band holds data, and PAN at the places that belong there."""
         out = torch.ones_like(self.pan_valid)
         for band, (dy, dx) in enumerate(self.d.tolist()):
-            rows = (torch.arange(self.size[0]) - dy).round().long()
-            columns = (torch.arange(self.size[1]) - dx).round().long()
+            rows, columns = _nearest(torch.arange(self.size[0]) - dy), _nearest(torch.arange(self.size[1]) - dx)
             inside = ((rows >= 0) & (rows < self.size[0]))[:, None] & (columns >= 0) & (columns < self.size[1])
             moved = self.pan_valid[rows.clamp(0, self.size[0] - 1)][:, columns.clamp(0, self.size[1] - 1)]
             out &= moved & inside & self._band_valid(band, torch.zeros(2, dtype=torch.float64), None)
@@ -153,7 +154,7 @@ class Placed:
     def _band_valid(self, band: int, d: Tensor, bend: Tensor | None) -> Tensor:
         if bend is None:
             rows, columns = (
-                ((torch.arange(length) + float(d[axis]) - self.phase[axis]) / self.ratio[axis]).round().long()
+                _nearest((torch.arange(length) + float(d[axis]) - self.phase[axis]) / self.ratio[axis])
                 for axis, length in enumerate(self.size)
             )
             limits = self.ms_valid.shape[1:]
@@ -161,7 +162,7 @@ class Placed:
         rows = torch.arange(self.size[0])[:, None] + float(d[0]) + bend[0, 0].double()
         columns = torch.arange(self.size[1]) + float(d[1]) + bend[0, 1].double()
         row, column = (
-            ((place - self.phase[axis]) / self.ratio[axis]).round().long().clamp(0, self.ms_valid.shape[1 + axis] - 1)
+            _nearest((place - self.phase[axis]) / self.ratio[axis]).clamp(0, self.ms_valid.shape[1 + axis] - 1)
             for axis, place in enumerate((rows, columns))
         )
         return self.ms_valid[band][row, column]
@@ -207,6 +208,11 @@ class Placed:
         """[1, C, H, W] in PAN's frame, each band moved back where its own MS band lies."""
         moved = move(x, self.d)
         return moved if self.bend is None else _bent(moved, -self.bend)
+
+
+def _nearest(place: Tensor) -> Tensor:
+    """Index of the pixel whose area, open at its end, holds a place."""
+    return (place + 0.5).floor().long()
 
 
 def _means(values: Tensor, valid: Tensor) -> Tensor:
