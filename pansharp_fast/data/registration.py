@@ -1,9 +1,9 @@
 """Where each MS band lies against PAN, measured from the pair itself.
 
-PAN through the band's MTF and the band, both less their Gaussian of one MS pixel, are compared by the *squared local*
+PAN through the band's MTF and the band, both less a Gaussian of .6 MS pixels, are compared by the *squared local*
 correlation in Gaussian windows of one MS pixel, averaged with weights of the local contrast: so contrast between PAN
-and a band may differ, or flip, from place to place. The score is searched in steps of half an MS pixel; a quadratic
-through its best 3 x 3 values gives the fraction. See `observation` for the sign of a displacement.
+and a band may differ, or flip, from place to place. The score is searched in steps of half an MS pixel, then of a quarter;
+a quadratic through its best 3 x 3 values gives the fraction. See `observation` for the sign of a displacement.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ FIELD_SPAN = 0.15
 MIN_VALID = 0.1
 #: Samples an MS pixel: the score's lattice.
 _FINE = 2
-#: Step of the search, in MS pixels.
-_STEP = 0.5
+#: Steps of the search and of its refinement, and the Gaussian of the high-pass, in MS pixels.
+_STEP, _FINE_STEP, _DETAIL = 0.5, 0.25, 0.6
 
 
 class Source(Protocol):
@@ -264,8 +264,8 @@ class _Windows:
                 every=every,
             )
             cut = fine * around
-            lows.append((low - blur(low, float(fine)))[0, :, cut:-cut, cut:-cut])
-            high = ms_image[None] - blur(ms_image[None], 1.0)
+            lows.append((low - blur(low, _DETAIL * fine))[0, :, cut:-cut, cut:-cut])
+            high = ms_image[None] - blur(ms_image[None], _DETAIL)
             bands_ms.append(high[0])
             # A sample counts where everything that it saw is valid.
             bad = F.max_pool2d((~torch.from_numpy(pan_valid)).float()[None, None], 5, stride=1, padding=2)
@@ -418,7 +418,7 @@ def measure(
         if peak is not None:
             d[band], confidence[band] = (peak[0] - steps) * step, peak[1]
     for _ in range(3):  # on the finer lattice, around what is known
-        maps = _ratio(*_search(windows, torch.from_numpy(d), 1, _STEP))
+        maps = _ratio(*_search(windows, torch.from_numpy(d), 1, _FINE_STEP))
         for band in (b for b in range(count) if confidence[b] > 0):
             score = maps[..., band]
             if not np.isfinite(score).all():
@@ -426,7 +426,7 @@ def measure(
                 continue
             peak = _peak(score)
             best = np.array(np.unravel_index(score.argmax(), score.shape)) if peak is None else peak[0]
-            d[band] += (best - 1) * _STEP
+            d[band] += (best - 1) * _FINE_STEP
             confidence[band] = score.max()
     confidence[(np.abs(d) > reach).any(1)] = 0
     confidence = confidence.clip(0, 1)
