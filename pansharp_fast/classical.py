@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import options
 from .data.grid import Both, both_ratios, check_pair, default_phase
 from .data.observation import back_project, observe, resample, upsample
 from .data.sensors import Sensor, get_sensor
@@ -247,15 +248,9 @@ def mtf_glp_hpm_r(piece: Piece, s: Statistics) -> Tensor:
 Method = Callable[..., Tensor]
 
 #: Name -> function(piece, statistics).
-METHODS: dict[str, Method] = {
-    "exp": exp,
-    "brovey": brovey,
-    "gsa": gsa,
-    "bt-h": bt_h,
-    "mtf-glp-hpm": mtf_glp_hpm,
-    "mtf-glp-fs": mtf_glp_fs,
-    "mtf-glp-hpm-r": mtf_glp_hpm_r,
-}
+METHODS: dict[str, Method] = dict(
+    zip(options.METHODS, (exp, brovey, gsa, bt_h, mtf_glp_hpm, mtf_glp_fs, mtf_glp_hpm_r), strict=True)
+)
 #: Methods that look at PAN as each band sees it.
 NEED_LOW = ("mtf-glp-hpm", "mtf-glp-fs", "mtf-glp-hpm-r")
 #: What `auto` stands for.

@@ -135,6 +135,15 @@ def _numbers(_ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return rows, columns
 
 
+def _numbers(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[float] | None:
+    if value is None:
+        return None
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"expected numbers such as 1.5,-0.5, got {value!r}") from None
+
+
 def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options of diffusion models; the command gets them as `sampling`, None where none is given."""
 
@@ -166,18 +175,58 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("ms", metavar="MS.tif")
 @click.argument("out", metavar="OUT.tif", type=click.Path())
 @click.option(
+    "--method",
+    type=click.Choice(["auto", *allowed.METHODS]),
+    help="Classical method  [default: auto, which is bt-h; not with --weights or --model].",
+)
+@click.option(
     "--weights",
-    help="Checkpoint file, or name of shipped weights  [default: tiny; --model uknow-... needs a file].",
+    help="Sharpen with a network: checkpoint file, or name of shipped weights (--model uknow-... needs a file).",
 )
 @click.option(
     "--model",
     type=click.Choice(allowed.SHARPENERS),
     help="Refuse weights of another network  [default: take any].",
 )
-@click.option("--peak", default=2047.0, show_default=True, help="Largest value of the sensor: 2047 for 11 bits.")
+@click.option(
+    "--register",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="Measure where each MS band lies against PAN, and bring it there.",
+)
+@click.option("--registration", metavar="FILE.json", help="Use a registration found before.")
+@click.option("--save-registration", metavar="FILE.json", type=click.Path(dir_okay=False), help="Write what was found.")
+@click.option(
+    "--shift", metavar="DY,DX", callback=_numbers, help="PAN pixels by which MS lies off PAN, down and right positive."
+)
+@click.option("--reach", default=2.0, show_default=True, help="MS pixels within which to look for a displacement.")
+@click.option(
+    "--back-projection",
+    metavar="auto|N",
+    default="auto",
+    show_default=True,
+    help="Steps that bring the result closer to MS; auto is what real images bear.",
+)
+@click.option(
+    "--frame",
+    type=click.Choice(allowed.FRAMES),
+    default="pan",
+    show_default=True,
+    help="Every band where PAN lies, or each where its own MS band lies.",
+)
+@click.option(
+    "--phase",
+    type=float,
+    help="PAN pixels from the first PAN pixel's centre in an MS pixel to where that was sampled [default: the middle].",
+)
+@click.option("--sensor", help="Sensor, for its MTF  [default: what the metadata name, else a gain of .3].")
+@click.option("--mtf", metavar="G,G,...", callback=_numbers, help="MTF gains at Nyquist, one or one a band.")
+@click.option("--band-weights", metavar="W,W,...", callback=_numbers, help="Weights of --method brovey.")
+@click.option("--peak", default=2047.0, show_default=True, help="Networks: largest value of the sensor.")
 @click.option("--bands", metavar="N,N,...", callback=_bands, help="MS bands to use, from 1 [default: all].")
-@click.option("--tile", default=512, show_default=True, help="PAN pixels that the network sees at once, a side.")
-@click.option("--overlap", default=64, show_default=True, help="PAN pixels that a tile reaches beyond its core.")
+@click.option("--tile", type=int, help="PAN pixels computed at once, a side [default: 1024, networks 512].")
+@click.option("--overlap", type=int, help="PAN pixels that a tile reaches beyond its core [default: 64 or more].")
 @click.option(
     "--dtype",
     type=click.Choice(allowed.DTYPES),
@@ -207,6 +256,7 @@ def sharpen(
     quiet: bool,
     weights: str | None,
     model: str | None,
+    registration: str | None,
     **options: Any,
 ) -> None:
     """Sharpen the multispectral MS.tif with PAN.tif into OUT.tif, on PAN's grid."""
@@ -216,11 +266,16 @@ def sharpen(
         raise click.UsageError(
             f"--weights: expected a file with weights of {model} (none come with the package), got none"
         )
-    options["weights"] = weights or "tiny"
-    options["architecture"] = model
+    if options["method"] is not None and (weights or model):
+        raise click.UsageError("--method: expected none beside --weights or --model, which name a network")
+    if sum([registration is not None, options["shift"] is not None, options["register"] == "off"]) > 1:
+        raise click.UsageError("--registration, --shift, --register off: expected one of them")
+    if registration is not None:
+        options["register"] = registration
+    options["weights"], options["architecture"] = weights, model
     with _quiet_libraries(), _progress("sharpening", quiet) as progress:
         summary = sharpen_scene(pan, ms, out, creation_options=co, progress=progress, **options)
-    if summary.largest > options["peak"]:
+    if (weights or model) and summary.largest > options["peak"]:
         click.echo(
             f"Warning: peak: expected at least the largest value {summary.largest:g}, got {options['peak']:g}; "
             "give the sensor's own with --peak",

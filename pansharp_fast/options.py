@@ -26,6 +26,10 @@ ATTENTION_KEYS = ("aligned", "released")
 NEIGHBOURS = ("learned", "shift")
 #: Pixel types of written rasters.
 DTYPES = ("uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
+#: Classical methods of `sharpen`.
+METHODS = ("exp", "brovey", "gsa", "bt-h", "mtf-glp-hpm", "mtf-glp-fs", "mtf-glp-hpm-r")
+#: Where the bands of a result lie: where PAN shows things, or where each MS band does.
+FRAMES = ("pan", "ms")
 #: Architectures whose weights sharpen, alone or with a sampler.
 SHARPENERS = ("pancrafter", "uknow-student", "uknow-teacher")
 

@@ -354,10 +354,11 @@ class RasterPair:
             with reading("MS", str(ms)):
                 start = self._align()
             centre = (phase, phase) if phase is None or isinstance(phase, int | float) else phase
-            self.phase = tuple(
+            row, column = (
                 snap(s + (aligned_phase(r) if c is None else c), 0.25, SNAP)
                 for s, r, c in zip(start, self.ratio, centre, strict=True)
             )
+            self.phase = row, column
             self.ms_height, self.ms_width = self._ms.shape
             self._stack = stack.pop_all()
 

@@ -2,8 +2,8 @@
 
 PAN through the band's MTF and the band, both less a Gaussian of .6 MS pixels, are compared by the *squared local*
 correlation in Gaussian windows of one MS pixel, averaged with weights of the local contrast: so contrast between PAN
-and a band may differ, or flip, from place to place. The score is searched in steps of half an MS pixel, then of a quarter;
-a quadratic through its best 3 x 3 values gives the fraction. See `observation` for the sign of a displacement.
+and a band may differ, or flip, from place to place. The score is searched in steps of half an MS pixel, then of a
+quarter; a quadratic through its best 3 x 3 values gives the fraction. See `observation` for the sign of a displacement.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,27 @@ def get_sensor(sensor: str | Sensor) -> Sensor:
     if key is None:
         raise ValueError(f"sensor: expected one of {', '.join(SENSORS)}, got {sensor!r}")
     return SENSORS[key]
+
+
+#: How products name a sensor in their metadata (GDAL's IMAGERY domain, the provider's own tags) -> key of `SENSORS`.
+_IN_METADATA = {
+    r"\bWV0?2\b|WORLD-?VIEW-?0?2": "WV2",
+    r"\bWV0?3\b|WORLD-?VIEW-?0?3": "WV3",
+    r"\bWV0?4\b|WORLD-?VIEW-?0?4": "WV4",
+    r"\bQB0?2\b|QUICK-?BIRD": "QB",
+    r"\bGE0?1\b|GEO-?EYE-?0?1": "GeoEye1",
+    r"\bIKONOS": "IKONOS",
+    r"\bGF-?0?2\b|GAO-?FEN-?0?2": "GF2",
+}
+
+
+def sensor_in(*datasets: Any) -> str:
+    """Name of the sensor that the metadata of open rasters name, "default" where they name none of `SENSORS`."""
+    for dataset in datasets:
+        for domain in ("IMAGERY", None):
+            for key, value in dataset.tags(ns=domain).items():
+                if re.search("SAT|SENSOR|PLATFORM|INSTRUMENT|MISSION", key.upper()):
+                    for pattern, name in _IN_METADATA.items():
+                        if re.search(pattern, str(value).upper()):
+                            return name
+    return "default"

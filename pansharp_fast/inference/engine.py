@@ -19,6 +19,7 @@ from ..data.grid import RATIO
 from ..data.observation import observe, resample
 from ..data.registration import Registration, Source, measure
 from ..data.sensors import Sensor
+from ..options import FRAMES, expect
 from .placed import Means, Placed
 from .sharpener import Sharpener
 from .tiles import Span
@@ -29,7 +30,6 @@ BLOCK, MAX_BLOCKS = 1024, 49
 DENSE = 1 << 22
 #: Relative deviation from a network's ratio that resampling MS may make up for.
 RATIO_TOLERANCE = 0.05
-FRAMES = ("pan", "ms")
 
 
 @dataclass
@@ -44,7 +44,8 @@ class Job:
         pan_gain: that of PAN's own filter.
         frame: "pan", or "ms": each band back where its own MS band lies.
         back_projection: steps, or "auto".
-        left: sum of squares and number of what is left of MS less the result as the sensor would see it, a band.
+        left: of each tile, [3, C]: sum of squares of MS less the result as the sensor would see it, sum of MS, number.
+        largest: largest value with data seen so far.
     """
 
     source: Source
@@ -55,18 +56,18 @@ class Job:
     frame: str = "pan"
     back_projection: int | str = "auto"
     left: list[Tensor] = field(default_factory=list)
+    largest: float = 0.0
 
     def place(self, window: tuple[int, int, int, int], means: Means | None = None) -> Placed:
         """PAN rows and columns of a window (top, left, height, width), and MS on them."""
         return Placed(self.source, self.registration, self.bands, self.gains, window, means)
 
-    @property
-    def residual(self) -> Tensor | None:
-        """[C]: root mean square of what is left of MS, digital numbers; None before any tile."""
+    def left_share(self) -> float:
+        """Root mean square of what is left of MS over the mean of MS, mean over bands; NaN where nothing was seen."""
         if not self.left:
-            return None
-        total = torch.stack(self.left).sum(0)
-        return (total[0] / total[1].clamp_min(1)).sqrt()
+            return math.nan
+        squares, total, count = torch.stack(self.left).sum(0)
+        return float(((squares / count).sqrt() / (total / count).abs()).mean())
 
 
 def _span(row: Span, column: Span) -> tuple[int, int, int, int]:
@@ -84,7 +85,9 @@ def _finish(
         inside = (place >= written.start) & (place < written.stop)
         usable = usable & (inside[:, None] if axis == 2 else inside)
     squares = torch.where(usable, left, 0).double().square().sum((0, 2, 3))
-    job.left.append(torch.stack([squares, usable.sum((0, 2, 3)).double()]))
+    total = torch.where(usable, placed.ms, 0).double().sum((0, 2, 3))
+    job.left.append(torch.stack([squares, total, usable.sum((0, 2, 3)).double()]))
+    job.largest = max(job.largest, placed.largest)
     if job.frame == "ms":
         image, valid = placed.to_ms_frame(image), placed.valid_in_ms_frame()
     else:
@@ -101,6 +104,7 @@ class ClassicalEngine:
         band_weights: of brovey.
 
     Attributes:
+        name: of the method.
         bands, channels: number of bands of the result.
 
     Raises:
@@ -118,6 +122,7 @@ class ClassicalEngine:
                 f"band_weights: expected {len(job.bands)} numbers for method brovey, got {self.band_weights} "
                 f"for {self.method}"
             )
+        self.name = self.method
         self.bands = self.channels = len(job.bands)
         self.statistics, self.means = first_pass(job, self.method)
 
@@ -236,6 +241,7 @@ class NetworkEngine:
 
     def __init__(self, job: Job, sharpener: Sharpener) -> None:
         self.job, self.sharpener = job, sharpener
+        self.name = str(getattr(sharpener.model, "architecture", type(sharpener.model).__name__))
         self.bands, self.channels = sharpener.bands, sharpener.channels
         if len(job.bands) != self.bands:
             raise ValueError(
@@ -328,8 +334,7 @@ def find_registration(
 
 def check_frame(frame: str) -> None:
     """Raise ValueError unless `frame` is one."""
-    if frame not in FRAMES:
-        raise ValueError(f"frame: expected pan or ms, got {frame!r}")
+    expect("frame", frame, FRAMES)
 
 
 def check_steps(steps: int | str) -> int | str:

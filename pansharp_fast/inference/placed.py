@@ -110,6 +110,12 @@ class Placed:
         self.ms = fill(ms_values, self.ms_valid, means.ms)[None]
 
     @property
+    def largest(self) -> float:
+        """Largest value with data."""
+        parts = (self.pan[0][self.pan_valid[None]], self.ms[0][self.ms_valid])
+        return max((float(part.max()) for part in parts if part.numel()), default=0.0)
+
+    @property
     def size(self) -> tuple[int, int]:
         return self.pan.shape[2], self.pan.shape[3]
 

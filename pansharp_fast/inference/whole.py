@@ -18,6 +18,7 @@ from ..data.rasters import RasterPair
 from ..data.registration import REACH, Registration
 from ..data.sensors import Sensor, get_sensor, sensor_in
 from ..data.sources import check_local
+from ..files import atomic
 from ..options import DTYPES, expect
 from . import engine as engines
 from . import tiles
@@ -92,6 +93,7 @@ def sharpen_scene(
     phase: float | tuple[float, float] | None = None,
     frame: str = "pan",
     register: str | Path | Registration = "auto",
+    save_registration: str | Path | None = None,
     shift: Sequence[float] | None = None,
     reach: float = REACH,
     back_projection: int | str = "auto",
@@ -124,10 +126,11 @@ def sharpen_scene(
         out: GeoTIFF to write, on PAN's grid. It appears when it is complete.
         method: see `pansharp_fast.sharpen`.
         weights: see `pansharp_fast.sharpen`.
-        phase: distance in PAN pixels from the centre of the first PAN pixel in an MS pixel's area to where that MS pixel
-            was sampled; None is the area's middle.
+        phase: distance in PAN pixels from the centre of the first PAN pixel in an MS pixel's area to where that MS
+            pixel was sampled; None is the area's middle.
         frame: see `pansharp_fast.sharpen`.
         register: see `pansharp_fast.sharpen`; the bands' median is taken over all image bands of the file.
+        save_registration: JSON file to write with the registration used.
         shift: (dy, dx) in PAN pixels by which MS lies off PAN, down and right positive, instead of `register`.
         reach: MS pixels within which to look for a displacement.
         back_projection: see `pansharp_fast.sharpen`.
@@ -163,6 +166,7 @@ def sharpen_scene(
     start = time.perf_counter()
     out, preview = Path(out), None if preview is None else Path(preview)
     uncertainty = None if uncertainty is None else Path(uncertainty)
+    saved = None if save_registration is None else Path(save_registration)
     engines.check_frame(frame)
     steps = engines.check_steps(back_projection)
     if tile is not None:
@@ -181,7 +185,7 @@ def sharpen_scene(
     inputs |= {"weights": weights} if isinstance(weights, str | Path) else {}
     inputs |= {"registration": register} if register not in ("auto", "off") and isinstance(register, str | Path) else {}
     check_outputs(
-        {"OUT": out, "uncertainty": uncertainty, "preview": preview},
+        {"OUT": out, "uncertainty": uncertainty, "preview": preview, "save_registration": saved},
         inputs,
         overwrite=overwrite,
         cog=cog,
@@ -254,6 +258,9 @@ def sharpen_scene(
                 raise ValueError(f"PAN and MS: expected a pixel that holds data in both, got none in {pan} and {ms}")
             for output in outputs:
                 output.finish()
+            if saved is not None:
+                with atomic(saved) as part:
+                    registration.to_json(part)
         return Summary(
             height=pair.height,
             width=pair.width,
