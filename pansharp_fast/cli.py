@@ -135,7 +135,7 @@ def _numbers(_ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return rows, columns
 
 
-def _numbers(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[float] | None:
+def _values(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[float] | None:
     if value is None:
         return None
     try:
@@ -198,7 +198,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--registration", metavar="FILE.json", help="Use a registration found before.")
 @click.option("--save-registration", metavar="FILE.json", type=click.Path(dir_okay=False), help="Write what was found.")
 @click.option(
-    "--shift", metavar="DY,DX", callback=_numbers, help="PAN pixels by which MS lies off PAN, down and right positive."
+    "--shift", metavar="DY,DX", callback=_values, help="PAN pixels by which MS lies off PAN, down and right positive."
 )
 @click.option("--reach", default=2.0, show_default=True, help="MS pixels within which to look for a displacement.")
 @click.option(
@@ -221,8 +221,8 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     help="PAN pixels from the first PAN pixel's centre in an MS pixel to where that was sampled [default: the middle].",
 )
 @click.option("--sensor", help="Sensor, for its MTF  [default: what the metadata name, else a gain of .3].")
-@click.option("--mtf", metavar="G,G,...", callback=_numbers, help="MTF gains at Nyquist, one or one a band.")
-@click.option("--band-weights", metavar="W,W,...", callback=_numbers, help="Weights of --method brovey.")
+@click.option("--mtf", metavar="G,G,...", callback=_values, help="MTF gains at Nyquist, one or one a band.")
+@click.option("--band-weights", metavar="W,W,...", callback=_values, help="Weights of --method brovey.")
 @click.option("--peak", default=2047.0, show_default=True, help="Networks: largest value of the sensor.")
 @click.option("--bands", metavar="N,N,...", callback=_bands, help="MS bands to use, from 1 [default: all].")
 @click.option("--tile", type=int, help="PAN pixels computed at once, a side [default: 1024, networks 512].")

@@ -49,7 +49,7 @@ def test_sharpen_writes_scene_preview_and_summary(scene, weights, tmp_path):
         "--tile", "128", "--overlap", "32", "--dtype", "float32", "--nodata", "-1", "--co", "compress=lzw",
     )  # fmt: skip
     assert code == 0, err
-    assert text.startswith(f"{out}: 200 x 240, 4 bands float32; ")
+    assert text.startswith(f"{out}: 200 x 240, 4 bands float32, pancrafter; ")
     assert "s per megapixel" in text
     with rasterio.open(out) as file:
         assert file.dtypes == ("float32",) * 4
@@ -166,15 +166,15 @@ BAD_SCENES = {
     other_crs: "MS: expected a CRS like PAN's, EPSG:32631, got none",
     far_away: "MS: expected to overlap PAN, columns 0 to 240 and rows 0 to 200 of its grid, got columns 2000",
     beyond_the_projection: "MS: expected a place in PAN's CRS EPSG:32631, got",
-    ratio_two: "ratio: expected MS pixels 4 times the size of PAN's, got 2 x 2",
-    ratio_two_by_size: "MS: expected 50 x 60 pixels, a quarter of PAN's 200 x 240, got 100 x 120",
+    ratio_two: "ratio: expected MS pixels 4 times the size of PAN's, as the weights want, got 2 x 2",
+    ratio_two_by_size: "ratio: expected MS pixels 4 times the size of PAN's, as the weights want, got 2 x 2",
     three_bands: "MS: expected 4 bands, as the weights have, got 3",
     swapped: "PAN: expected 1 band, got 4",
     nan: "MS: expected finite values or declared nodata, got NaN or infinity",
     infinity: "PAN: expected finite values or declared nodata, got NaN or infinity",
     all_nodata: "PAN and MS: expected a pixel that holds data in both, got none",
     complex_pixels: "MS: expected integers or real numbers, got complex64",
-    one_pixel_wide: "MS: expected 50 x 1 pixels, a quarter of PAN's 200 x 1, got 50 x 2",
+    one_pixel_wide: "MS: expected sizes that stand to PAN's 200 x 1 in one ratio, got 50 x 2",
     truncated: "MS: expected a readable raster, got",
     truncated_header: "PAN: expected a readable raster, got",
     no_image: "PAN: expected a readable raster, got",

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 class LocalModel(nn.Module):
     """Depends on PAN within 8 pixels and on MS within 3; every output is finite and follows the input's scale."""
 
+    #: Where the first MS pixel's centre lies on PAN's grid: `F.interpolate` aligns pixel areas.
+    phase = 1.5
+
     def __init__(self, bands: int = 4) -> None:
         super().__init__()
         self.config = SimpleNamespace(bands=bands)
