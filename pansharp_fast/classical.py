@@ -21,6 +21,10 @@ from .data.observation import back_project, observe, resample, upsample
 from .data.sensors import Sensor, get_sensor
 
 
+#: Variance over squared mean up to which an image is flat: interpolation makes a constant ripple by about 1e-7.
+RIPPLE = 1e-12
+
+
 @dataclass
 class Moments:
     """Means and second central moments of K quantities over samples, for a batch; sums in float64.
@@ -104,8 +108,7 @@ class Statistics:
         spread = self.pan_spread
         if spread is None:
             spread = self.low.covariance[:, self.bands, self.bands].view(-1, 1, 1, 1)
-        rounding = 1e-20 * self.mean(self.bands, self.bands + 1) ** 2
-        return torch.where(spread <= rounding, 0, spread)
+        return torch.where(spread <= RIPPLE * self.mean(self.bands, self.bands + 1) ** 2, 0, spread)
 
     def mean(self, start: int, stop: int) -> Tensor:
         """Means at PAN's resolution, [B, stop - start, 1, 1]."""
@@ -216,11 +219,12 @@ def _slopes(s: Statistics, other: int) -> Tensor:
     """Covariance of each band with PAN (other = 0) or its low-pass (1), over the low-pass's with that: [B, C, 1, 1]."""
     c, covariance = s.bands, s.high.covariance
     low = covariance[:, c + 1 :, c + 1 :].diagonal(dim1=1, dim2=2)
+    flat = low <= RIPPLE * s.high.mean[:, c + 1 :] ** 2
     if other:
         shared, spread = covariance[:, :c, c + 1 :].diagonal(dim1=1, dim2=2), low
     else:
         shared, spread = covariance[:, :c, c], covariance[:, c + 1 :, c]
-    return _quotient(shared, spread, 0)[..., None, None]
+    return torch.where(flat, 0, _quotient(shared, spread, 0))[..., None, None]
 
 
 def mtf_glp_fs(piece: Piece, s: Statistics) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from .. import __version__, metrics
 from ..baselines import BASELINES
 from ..data import Sensor, get_sensor
+from ..data.grid import RATIO
 from ..files import check_folder
 from ..metrics._common import prepare
 from ..metrics.reduced import gradient
@@ -93,7 +94,7 @@ def _model(name: str, bands: int, options: dict[str, Any]) -> Method:
 
     # float64 in and out: nothing is rounded beyond the network's own float32.
     model = load_model(name, bands=bands)
-    return lambda pan, ms: sharpen(pan, ms, weights=model, **options)
+    return lambda pan, ms: sharpen(pan, ms, weights=model, phase=RATIO / 2, register="off", **options)
 
 
 def _methods(

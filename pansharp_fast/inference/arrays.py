@@ -216,7 +216,7 @@ def _output(values: Tensor, void: Tensor, pan: Any, ms: Any, nodata: float | Non
         if nodata is not None and bool(void.any()):
             out = torch.where(void, torch.tensor(nodata).to(out.dtype), out)
         return out.to(ms.device)
-    dtype = ms.dtype if image else np.dtype(np.float32)
+    dtype = ms.dtype.newbyteorder("=") if image else np.dtype(np.float32)
     if dtype.kind == "f":
         array = values.numpy().astype(dtype)
     else:

@@ -159,7 +159,7 @@ def test_diffusion_models_sample_as_told(rr, tmp_path, student):
     options = OPTIONS | {"data": path, "models": [str(student)], "baselines": [], "max_scenes": 1}
     sampling = Sampling(steps=2, samples=2, seed=3, sampler="dpm++")
     found = evaluate(tmp_path, sampling=sampling, **options)
-    fused = sharpen(pan[:1], ms[:1], weights=str(student), peak=2047, sampling=sampling)
+    fused = sharpen(pan[:1], ms[:1], weights=str(student), peak=2047, sampling=sampling, phase=2, register="off")
     expected = float(metrics.ergas(fused, gt[:1], cut=6))
     record = next(iter(values(found).values()))
     assert record["ERGAS"] == pytest.approx(expected, rel=1e-6)
@@ -373,7 +373,11 @@ def test_command_with_a_diffusion_model(rr, tmp_path, student):
     [
         (["--sensor", "QB", "--data", "x.h5", "--steps", "501"], 1, "Error: steps: expected 1 to 500"),
         (["--sensor", "QB", "--data", "x.h5", "--sampler", "euler"], 2, "'euler' is not one of"),
-        (["--sensor", "QB", "--baselines", "PCA"], 2, "expected all, none or some of EXP,Brovey,GSA,MTF-GLP-HPM,BT-H"),
+        (
+            ["--sensor", "QB", "--baselines", "PCA"],
+            2,
+            "expected all, none or some of EXP,Brovey,GSA,MTF-GLP-HPM,MTF-GLP-FS,MTF-GLP-HPM-R,BT-H",
+        ),
         (["--sensor", "QB"], 1, "Error: data, pan, ms: expected either data or both pan and ms"),
         (["--sensor", "nothing", "--data", "x.h5"], 1, "Error: sensor: expected one of"),
         (["--sensor", "QB", "--data", "x.h5"], 1, "Error: "),

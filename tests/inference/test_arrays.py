@@ -66,7 +66,11 @@ def test_bf16_stays_close():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"pan": "wrong ratio"}, ValueError, "ratio: expected MS pixels 4 times the size of PAN's, as the weights want, got 2 x 2"),
+        (
+            {"pan": "wrong ratio"},
+            ValueError,
+            "ratio: expected MS pixels 4 times the size of PAN's, as the weights want, got 2 x 2",
+        ),
         ({"ms": "3 bands"}, ValueError, "MS: expected 4 bands, as the weights have, got 3"),
         ({"pan": "nan"}, ValueError, "pan: expected finite values, got NaN or infinity"),
         ({"ms": "inf"}, ValueError, "ms: expected finite values, got NaN or infinity"),
