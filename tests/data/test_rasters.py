@@ -216,7 +216,16 @@ def test_sizes_tell_the_ratio(write, pan, ms, ratio, spare):
         assert pair.phase == (0.5, 1.25)
 
 
-def test_ratio_that_is_not_whole():
+def test_ratio_that_is_not_whole(write):
+    plain: dict[str, Any] = {"crs": None, "transform": None}
+    pan, ms = (
+        write("pan.tif", np.ones((1, 70, 105), "u2"), **plain),
+        write("ms.tif", np.ones((4, 20, 30), "u2"), **plain),
+    )
+    with RasterPair(pan, ms) as pair:
+        assert pair.ratio == (3.5, 3.5)
+        assert pair.phase == (1.25, 1.25)
+        assert pair.notes == ["ratio 3.5 x 3.5, since the sizes say so and neither file says more"]
     assert fit_ratio((700, 1050), (200, 300)) == (3.5, 3.5)
     assert aligned_phase(3.5) == 1.25
     with pytest.raises(
