@@ -20,7 +20,6 @@ from .data.grid import Both, both_ratios, check_pair, default_phase
 from .data.observation import back_project, observe, resample, upsample
 from .data.sensors import Sensor, get_sensor
 
-
 #: Variance over squared mean up to which an image is flat: interpolation makes a constant ripple by about 1e-7.
 RIPPLE = 1e-12
 

@@ -401,6 +401,20 @@ def train() -> None:
     "shows at p. PAN is moved by it; fractions are allowed  [default: 0,0].",
 )
 @click.option(
+    "--register",
+    type=click.Choice(["auto", "off"]),
+    default="off",
+    show_default=True,
+    help="Measure the displacement of every band against PAN, and undo it as --frame says.",
+)
+@click.option(
+    "--frame",
+    type=click.Choice(["ms", "pan"]),
+    default="ms",
+    show_default=True,
+    help="With --register auto: move PAN to the bands' median, or every band to PAN.",
+)
+@click.option(
     "--phase",
     metavar="P or PY,PX",
     callback=_numbers,

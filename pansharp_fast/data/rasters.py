@@ -440,7 +440,7 @@ class RasterPair:
             self.ratio = fit_ratio(pan.shape, ms.shape)
             if not self.ratio[0].is_integer():
                 self.notes.append(
-                    f"ratio {self.ratio[0]:.4g} x {self.ratio[1]:.4g}, since the sizes say so and neither file says more"
+                    f"ratio {self.ratio[0]:.4g} x {self.ratio[1]:.4g}, from the sizes, as neither file says more"
                 )
             self._find_spare(raster, (0.0, 0.0))
             self._compare_positions()

@@ -12,11 +12,13 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from ..files import atomic, check_distinct, check_target
 from .grid import aligned_phase
 from .mtf import degrade
 from .rasters import RasterPair, fill
+from .registration import measure
 from .resample import imresize, interp23
 from .resample import shift as move
 from .sensors import Sensor, get_sensor
@@ -36,13 +38,15 @@ class Pair:
         valid: [h, w], bool: every band of the MS pixel and all of its PAN pixels hold data.
         band_names: descriptions of the MS bands in the file, "" where it has none.
         ratio: PAN pixels per MS pixel.
+        displacement: [bands, 2], (rows, columns) in PAN pixels: band b shows at p + d_b what PAN shows at p.
     """
 
     pan: np.ndarray
     ms: np.ndarray
     valid: np.ndarray
     band_names: tuple[str, ...]
-    ratio: int = 4
+    ratio: int
+    displacement: np.ndarray
 
 
 def read_pair(
@@ -53,6 +57,9 @@ def read_pair(
     nodata: float | None = None,
     phase: float | tuple[float, float] | None = None,
     shift: tuple[float, float] = (0, 0),
+    register: str = "off",
+    frame: str = "ms",
+    sensor: str | Sensor = "default",
 ) -> Pair:
     """Read the part that a PAN and an MS raster share, on MS's own grid; PAN is moved to lie on it.
 
@@ -64,6 +71,10 @@ def read_pair(
         phase: (row, column), PAN pixels.
         shift: displacement (rows, columns) of MS against PAN, in PAN pixels, down and right positive: MS shows at p +
             shift what PAN shows at p. PAN is moved by it. Fractions go by a phase ramp (`data.shift`).
+        register: "auto" measures the displacement of every band (`data.registration`) instead; "off" does not.
+        frame: with "auto", "ms" moves PAN to the median of all image bands, and MS keeps its pixels; "pan" moves every
+            band to where PAN lies.
+        sensor: name or `Sensor`, for the MTF by which displacements are measured.
 
     Raises:
         ValueError: as `rasters.RasterPair`; the ratio is no whole number from 2 to 8; or PAN covers no MS pixel.
@@ -75,6 +86,16 @@ def read_pair(
             raise ValueError(
                 f"ratio: expected a whole number from 2 to 8, got {pair.ratio[0]:.6g} x {pair.ratio[1]:.6g}"
             )
+        moves = np.zeros((len(pair.bands), 2))
+        if register == "auto":
+            if tuple(shift) != (0, 0):
+                raise ValueError("shift: expected none beside register auto")
+            gains = get_sensor(sensor).gains(len(pair.image_bands))
+            measured = measure(pair, gains, bands=pair.image_bands).d[0].numpy()
+            moves = measured[[pair.image_bands.index(band) for band in pair.bands]]
+            if frame == "ms":
+                median = np.median(measured, 0)
+                shift, moves = (float(median[0]), float(median[1])), moves - median
         # Where on PAN the area of MS pixel 0 begins, and which MS pixels PAN reaches.
         starts = [p - aligned_phase(ratio) - d for p, d in zip(pair.phase, shift, strict=True)]
         whole = [round(start) if abs(start - round(start)) < 1e-3 else math.floor(start) for start in starts]
@@ -111,10 +132,32 @@ def read_pair(
             padding=border,
         )
         pan_holds = spread[0, 0].numpy() == 0
+    values = fill(values, holds)
+    if frame == "pan":
+        values, holds = _moved(values, holds, moves / ratio)
+        moves = np.zeros_like(moves)
     inner = np.s_[border[0] : border[0] + ratio * height, border[1] : border[1] + ratio * width]
     image, pan_holds = image[0][inner], pan_holds[inner]
     blocks = pan_holds.reshape(height, ratio, width, ratio).all((1, 3))
-    return Pair(image, fill(values, holds), np.asarray(holds.all(0) & blocks), names, ratio)
+    return Pair(image, values, np.asarray(holds.all(0) & blocks), names, ratio, moves)
+
+
+def _moved(
+    values: NDArray[np.float32], holds: NDArray[np.bool_], d: NDArray[np.float64]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Bands [C, h, w] moved back by their displacements [C, 2], in pixels, with where they still hold data."""
+    images, masks = [], []
+    for image, mask, (dy, dx) in zip(values, holds, d, strict=True):
+        if abs(dy) < 1e-3 and abs(dx) < 1e-3:
+            images.append(image)
+            masks.append(mask)
+            continue
+        images.append(move(torch.from_numpy(image)[None, None].double(), -dy, -dx)[0, 0].float().numpy())
+        reach = [_REACH + math.ceil(abs(part)) for part in (dy, dx)]
+        void = torch.from_numpy(~np.pad(mask, [(part, part) for part in reach])).float()[None, None]
+        spread = F.max_pool2d(void, [2 * part + 1 for part in reach], stride=1)
+        masks.append(spread[0, 0].numpy() == 0)
+    return np.stack(images), np.stack(masks)
 
 
 def simulate_pair(pair: Pair, sensor: str | Sensor) -> dict[str, np.ndarray]:
@@ -130,7 +173,8 @@ def simulate_pair(pair: Pair, sensor: str | Sensor) -> dict[str, np.ndarray]:
     Returns:
         gt [C, h, w] float32, ms [C, h/r, w/r] and pan [1, h, w] float32 unrounded, lms [C, h, w] (`data.interp23`;
         cubic where the ratio r is no power of two), valid [h/r, w/r] bool: the pixel and its surroundings within r MS
-        pixels hold data. h and w are the MS sizes, cut to multiples of r.
+        pixels hold data, displacement [C, 2] float32: of gt against pan, in their pixels, down and right positive. h
+        and w are the MS sizes, cut to multiples of r.
 
     Raises:
         ValueError: the sensor has another number of bands, or the scene is smaller than r x r MS pixels.
@@ -154,7 +198,8 @@ def simulate_pair(pair: Pair, sensor: str | Sensor) -> dict[str, np.ndarray]:
     else:
         lms = interp23(ms, ratio)
     images = {"gt": gt, "ms": ms, "pan": reduced, "lms": lms}
-    return {name: image[0].float().numpy() for name, image in images.items()} | {"valid": ~bad.numpy()}
+    facts = {"valid": ~bad.numpy(), "displacement": (pair.displacement / ratio).astype(np.float32)}
+    return {name: image[0].float().numpy() for name, image in images.items()} | facts
 
 
 def patches(images: dict[str, np.ndarray], size: int, overlap: int) -> Iterator[dict[str, np.ndarray]]:
@@ -180,7 +225,8 @@ def patches(images: dict[str, np.ndarray], size: int, overlap: int) -> Iterator[
             if images["valid"][y : y + side, x : x + side].all():
                 low = np.s_[:, y : y + side, x : x + side]
                 high = np.s_[:, ratio * y : ratio * (y + side), ratio * x : ratio * (x + side)]
-                yield {name: images[name][low if name == "ms" else high] for name in ("gt", "ms", "lms", "pan")}
+                patch = {name: images[name][low if name == "ms" else high] for name in ("gt", "ms", "lms", "pan")}
+                yield patch | {"displacement": images["displacement"]}
 
 
 def write_pancollection(path: str | os.PathLike[str], samples: list[dict[str, np.ndarray]], sensor: Sensor) -> None:
@@ -220,6 +266,8 @@ def simulate(
     nodata: float | None = None,
     phase: float | tuple[float, float] | None = None,
     shift: tuple[float, float] = (0, 0),
+    register: str = "off",
+    frame: str = "ms",
     local_only: bool = False,
 ) -> dict[str, int]:
     """Make a training file, and a validation file of another part of the scene, from two rasters.
@@ -227,7 +275,7 @@ def simulate(
     Args:
         pan: see `read_pair`.
         ms: see `read_pair`.
-        out: PanCollection HDF5 file with gt, ms, lms, pan.
+        out: PanCollection HDF5 file with gt, ms, lms, pan, displacement.
         sensor: name or `Sensor`, for the MTF.
         patch: side of a patch in gt pixels (that is, native MS pixels), a multiple of the ratio.
         overlap: low-resolution pixels that neighbouring patches share.
@@ -237,6 +285,8 @@ def simulate(
         nodata: see `read_pair`.
         phase: see `read_pair`.
         shift: see `read_pair`.
+        register: see `read_pair`.
+        frame: see `read_pair`.
         local_only: refuse sources that are not local files.
 
     Returns:
@@ -254,17 +304,28 @@ def simulate(
         check_local("PAN", pan)
         check_local("MS", ms)
     check_distinct(outputs, {"PAN": source_files(pan), "MS": source_files(ms)})
-    images = simulate_pair(read_pair(pan, ms, bands=bands, nodata=nodata, phase=phase, shift=shift), sensor)
+    for name, value, choices in (("register", register, ("auto", "off")), ("frame", frame, ("ms", "pan"))):
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    pair = read_pair(
+        pan,
+        ms,
+        bands=bands,
+        nodata=nodata,
+        phase=phase,
+        shift=shift,
+        register=register,
+        frame=frame,
+        sensor=sensor,
+    )
+    images = simulate_pair(pair, sensor)
     parts = [images]
     if valid_out is not None:
         if not 0 < valid_share < 1:
             raise ValueError(f"valid_share: expected a number between 0 and 1, got {valid_share}")
-        width, ratio = images["valid"].shape[1], images["gt"].shape[-1] // images["valid"].shape[1]
+        width = images["valid"].shape[1]
         cut = width - round(width * valid_share)
-        parts = [
-            {name: v[..., :cut] if v.shape[-1] == width else v[..., : ratio * cut] for name, v in images.items()},
-            {name: v[..., cut:] if v.shape[-1] == width else v[..., ratio * cut :] for name, v in images.items()},
-        ]
+        parts = [_columns(images, 0, cut, pair.ratio), _columns(images, cut, width, pair.ratio)]
     samples = [list(patches(part, patch, overlap)) for part in parts]
     for path, some in zip(outputs.values(), samples, strict=True):
         if not some:
@@ -272,3 +333,10 @@ def simulate(
     for path, some in zip(outputs.values(), samples, strict=True):
         write_pancollection(path, some, sensor)
     return {str(path): len(some) for path, some in zip(outputs.values(), samples, strict=True)}
+
+
+def _columns(images: dict[str, np.ndarray], start: int, stop: int, ratio: int) -> dict[str, np.ndarray]:
+    """Columns of what `simulate_pair` returns, counted in low-resolution pixels."""
+    scales = {"ms": 1, "valid": 1, "gt": ratio, "lms": ratio, "pan": ratio}
+    parts = {name: images[name][..., scale * start : scale * stop] for name, scale in scales.items()}
+    return images | parts

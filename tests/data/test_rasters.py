@@ -225,7 +225,7 @@ def test_ratio_that_is_not_whole(write):
     with RasterPair(pan, ms) as pair:
         assert pair.ratio == (3.5, 3.5)
         assert pair.phase == (1.25, 1.25)
-        assert pair.notes == ["ratio 3.5 x 3.5, since the sizes say so and neither file says more"]
+        assert pair.notes == ["ratio 3.5 x 3.5, from the sizes, as neither file says more"]
     assert fit_ratio((700, 1050), (200, 300)) == (3.5, 3.5)
     assert aligned_phase(3.5) == 1.25
     with pytest.raises(

@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from pansharp_fast.cli import main
 from pansharp_fast.data.mtf import decimate, mtf_filter
+from pansharp_fast.data.registration import measure
 from pansharp_fast.data.resample import imresize, interp23
 from pansharp_fast.data.simulate import patches, read_pair, simulate, simulate_pair
 
@@ -64,6 +65,7 @@ def test_command_writes_two_parts_that_share_nothing(scene):
             "ms": (4, 4, 4),
             "lms": (4, 16, 16),
             "pan": (1, 16, 16),
+            "displacement": (4, 2),
         }
         # 16 rows and 12 + 8 columns of low-resolution pixels, side 4, step 3.
         assert len(train["gt"]) == 5 * 3
@@ -208,6 +210,50 @@ def test_sizes_of_pan_that_are_no_multiples(tmp_path, size):
         assert pair.valid[: whole[0], : whole[1]].all()
         assert pair.valid.sum() == whole[0] * whole[1]
         in_place(pair)
+
+
+def test_registered(tmp_path, monkeypatch):
+    """Bands that lie apart from PAN and from each other: PAN goes to their median, or they go to PAN."""
+    rng = np.random.default_rng(1)
+    noise = rng.normal(0, 1, (960, 960))
+    fine = 1000 + sum(300 * s * ndimage.gaussian_filter(noise, 3 * s, mode="wrap") * s for s in (1, 2, 4))
+    d = np.array([(1.5, -2.25), (1.5, -2.25), (1.5, -2.25), (2.25, -1.5)])  # PAN pixels, 3 fine ones each
+
+    def pixels(size, by=(0, 0)):
+        moved = np.fft.ifft2(ndimage.fourier_shift(np.fft.fft2(fine), by)).real
+        return moved.reshape(960 // size, size, 960 // size, size).mean((1, 3)).astype(np.float32)
+
+    ms = np.stack([pixels(12, 3 * by) for by in d])
+    write(tmp_path / "pan.tif", pixels(3)[None])
+    write(tmp_path / "ms.tif", ms)
+    paths, options = (tmp_path / "pan.tif", tmp_path / "ms.tif"), {"register": "auto", "sensor": "QB"}
+    found = []
+
+    def keep(*arguments, **options):
+        found.append(measure(*arguments, **options))
+        return found[0]
+
+    monkeypatch.setattr("pansharp_fast.data.simulate.measure", keep)
+    pair = read_pair(*paths, **options)
+    np.testing.assert_array_equal(pair.ms, ms)
+    np.testing.assert_allclose(pair.displacement, d - d[0], atol=0.2)
+    truth = pixels(3, 3 * d[0])
+    assert np.abs(pair.pan - truth)[16:-16, 16:-16].max() < 0.15 * np.ptp(truth)
+    assert pair.valid[12:-12, 12:-12].all()
+
+    monkeypatch.setattr("pansharp_fast.data.simulate.measure", lambda *_, **__: found[0])
+    moved = read_pair(*paths, frame="pan", **options)
+    np.testing.assert_array_equal(moved.pan, pixels(3))
+    assert not moved.displacement.any()
+    assert np.abs(moved.ms - pixels(12))[:, 12:-12, 12:-12].max() < 0.1 * np.ptp(ms)
+    assert moved.valid[12:-12, 12:-12].all()
+
+    outputs = {"valid_out": tmp_path / "v.h5", "valid_share": 0.5}
+    simulate(*paths, tmp_path / "t.h5", patch=16, overlap=0, **outputs, **options)
+    with h5py.File(tmp_path / "t.h5") as file, h5py.File(tmp_path / "v.h5") as other:
+        assert file["displacement"].shape == (len(file["gt"]), 4, 2)
+        np.testing.assert_allclose(file["displacement"][0], pair.displacement / 4, atol=1e-6)
+        np.testing.assert_array_equal(other["displacement"][0], file["displacement"][0])
 
 
 def test_outputs_are_neither_inputs_nor_each_other(scene):
