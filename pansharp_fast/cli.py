@@ -245,7 +245,8 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     "--uncertainty",
     metavar="OUT_unc.tif",
     type=click.Path(),
-    help="Diffusion models: write each pixel's uncertainty too.",
+    help="Diffusion models: write an uncertainty in DN too: a teacher's or the samples' standard deviation; of a "
+    "student's single sample the drift of its estimates, which ranks pixels only. None is calibrated.",
 )
 @click.option("--quiet", is_flag=True, help="No progress bar, no summary.")
 def sharpen(

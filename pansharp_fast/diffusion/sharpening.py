@@ -45,6 +45,15 @@ class Sampling:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
 
+def uncertainty_kind(architecture: str, samples: int) -> str:
+    """What the uncertainty of `sharpen_by_sampling` is, for who reads it in a file. None of it is calibrated."""
+    if architecture == "uknow-teacher":
+        return "standard deviation in DN by the teacher's variance and the samples' spread; not calibrated"
+    if samples > 1:
+        return "standard deviation in DN of the samples about their mean; not calibrated, far below the error"
+    return "drift in DN of the estimates over the second half of the steps; ranks pixels, is no standard deviation"
+
+
 @torch.no_grad()
 def sharpen_by_sampling(
     model: Any, pan: Tensor, ms: Tensor, peak: float, sampling: Sampling, origin: tuple[int, int] = (0, 0)
@@ -62,8 +71,9 @@ def sharpen_by_sampling(
     Returns:
         Image and uncertainty, both [B, bands, 4h, 4w] float32 digital numbers, unrounded and unclipped. The uncertainty
         is a standard deviation: of the samples about their mean and, from a teacher, of what it says about each of them
-        (law of total variance). A student's single sample has neither; then it is the standard deviation of the
-        estimates of x0 over the second half of the steps, which ranks pixels but is no calibrated error.
+        (law of total variance). A student's single sample has neither; then it is the drift of the estimates of x0 over
+        the second half of the steps, which ranks pixels but is no standard deviation of the error: expect it a hundred
+        times too small. None of them is calibrated; `uncertainty_kind` names what it is.
 
     Raises:
         ValueError: shapes that do not fit together, another ratio than 4, or a peak that is not positive.

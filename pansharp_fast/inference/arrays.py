@@ -104,9 +104,10 @@ def sharpen_with_uncertainty(
     weights: str | Path | SharpeningModel,
     **options: Any,
 ) -> tuple[Array, Array]:
-    """As `sharpen`, with a diffusion model's uncertainty [B,C,H,W] in digital numbers, float32.
+    """As `sharpen`, with a diffusion model's uncertainty [B,C,H,W] in digital numbers, float32, not calibrated.
 
-    What it is made of depends on model and number of samples, see `pansharp_fast.diffusion.sharpen_by_sampling`.
+    What it is depends on model and number of samples, see `pansharp_fast.diffusion.sharpen_by_sampling`: a teacher's
+    standard deviation, that of the samples, or of a student's single sample the drift of its estimates.
 
     Args:
         pan: see `sharpen`.

@@ -113,6 +113,7 @@ class ClassicalEngine:
 
     #: Tile and overlap unless asked otherwise, in PAN pixels at ratio 4.
     tile_size, overlap = 1024, 64
+    uncertainty_kind = ""
 
     def __init__(self, job: Job, method: str = "auto", band_weights: Sequence[float] | None = None) -> None:
         self.job, self.method = job, classical.check_method(method)
@@ -243,6 +244,7 @@ class NetworkEngine:
         self.job, self.sharpener = job, sharpener
         self.name = str(getattr(sharpener.model, "architecture", type(sharpener.model).__name__))
         self.bands, self.channels = sharpener.bands, sharpener.channels
+        self.uncertainty_kind = sharpener.uncertainty_kind
         if len(job.bands) != self.bands:
             raise ValueError(
                 f"MS: expected {self.bands} bands, as the weights have, got {len(job.bands)} (choose some with bands)"

@@ -81,6 +81,11 @@ class Sharpener:
         else:
             self.sampling = None
         self.uncertainty = uncertainty
+        self.uncertainty_kind = ""
+        if uncertainty and self.sampling is not None:
+            from ..diffusion import uncertainty_kind
+
+            self.uncertainty_kind = uncertainty_kind(name, self.sampling.samples)
         self.bands: int = self.model.config.bands
         self.channels = 2 * self.bands if uncertainty else self.bands
         self.peak = float(peak)

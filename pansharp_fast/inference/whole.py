@@ -152,7 +152,8 @@ def sharpen_scene(
         preview: PNG or JPEG of the result to write as well.
         architecture: name that the weights' architecture must have.
         sampling: how a diffusion model samples.
-        uncertainty: float32 GeoTIFF of a diffusion model's uncertainty to write as well, in digital numbers.
+        uncertainty: float32 GeoTIFF of a diffusion model's uncertainty to write as well, in digital numbers. It is not
+            calibrated; the tag PANSHARP_UNCERTAINTY says what it is made of.
         progress: called with (tiles done, tiles in all) after each tile.
 
     Returns:
@@ -243,6 +244,7 @@ def sharpen_scene(
             if uncertainty is not None:
                 void = None if value is None else np.nan
                 kind = np.dtype("float32")
+                options["tags"] = {**options["tags"], "PANSHARP_UNCERTAINTY": engine.uncertainty_kind}
                 outputs.append(
                     stack.enter_context(Output(uncertainty, pair, dtype=kind, nodata=void, preview=None, **options))
                 )

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from pansharp_fast.cli import main
 from pansharp_fast.data import interp23
-from pansharp_fast.diffusion import Sampling, sample, scene_noise, sharpen_by_sampling
+from pansharp_fast.diffusion import Sampling, sample, scene_noise, sharpen_by_sampling, uncertainty_kind
 from pansharp_fast.inference import sharpen, sharpen_scene, sharpen_with_uncertainty
 from pansharp_fast.models import (
     Condition,
@@ -154,6 +154,16 @@ def test_command(scene, weights):
     assert (uncertainty > 0).all()
     with rasterio.open(unc) as file, rasterio.open(out) as reference:
         assert (file.transform, file.crs) == (reference.transform, reference.crs)
+        assert "drift" in file.tags()["PANSHARP_UNCERTAINTY"]
+        assert "is no standard deviation" in file.tags()["PANSHARP_UNCERTAINTY"]
+        assert "PANSHARP_UNCERTAINTY" not in reference.tags()
+
+
+def test_uncertainty_is_named_for_what_it_is():
+    assert uncertainty_kind("uknow-student", 1).startswith("drift in DN")
+    assert uncertainty_kind("uknow-student", 2).startswith("standard deviation in DN of the samples")
+    assert uncertainty_kind("uknow-teacher", 1).startswith("standard deviation in DN by the teacher")
+    assert all("not calibrated" in uncertainty_kind("uknow-teacher", n) for n in (1, 5))
 
 
 @pytest.mark.parametrize(
