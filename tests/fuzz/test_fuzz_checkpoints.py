@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pansharp_fast.models import (
@@ -22,9 +22,8 @@ from pansharp_fast.models import (
     save_model,
 )
 
-SHARED = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+from .mutations import fuzz_settings
+
 NAMES = ("pancrafter", "prior", "teacher", "student")
 NUMBERS = st.one_of(
     st.integers(),
@@ -77,7 +76,7 @@ def check(path, content):
     assert len(message) < 1000
 
 
-@SHARED
+@fuzz_settings
 @given(name=st.sampled_from(NAMES), data=st.data())
 def test_bytes(files, tmp_path, name, data):
     content = bytearray(files[name])
@@ -88,7 +87,7 @@ def test_bytes(files, tmp_path, name, data):
     check(tmp_path / "m.safetensors", bytes(content[: data.draw(st.one_of(st.none(), st.integers(0, len(content))))]))
 
 
-@SHARED
+@fuzz_settings
 @given(
     name=st.sampled_from(NAMES),
     number=st.integers(0, 1000),
@@ -107,7 +106,7 @@ def test_headers(files, tmp_path, name, number, field, value):
     check(tmp_path / "m.safetensors", joined(header, data))
 
 
-@SHARED
+@fuzz_settings
 @given(name=st.sampled_from(NAMES), number=st.integers(0, 100), value=VALUES)
 @example(name="pancrafter", number=0, value=10**9)
 @example(name="pancrafter", number=1, value=[10**9, 10**9])
@@ -123,7 +122,7 @@ def test_configurations(files, tmp_path, name, number, value):
     check(tmp_path / "m.safetensors", joined(header, data))
 
 
-@SHARED
+@fuzz_settings
 @given(name=st.sampled_from(NAMES), key=st.sampled_from(["architecture", "config", "metadata"]), value=st.text())
 @example(name="prior", key="config", value="[" * 100_000)
 @example(name="prior", key="metadata", value="[1]")
