@@ -346,6 +346,9 @@ class RasterPair:
                     f"band {', '.join(map(str, alpha))} of MS is tagged alpha and taken as a mask "
                     f"(bands {every} takes it as an image)"
                 )
+                with reading("MS", str(ms)):
+                    if any(_looks_like_image(self.ms_file, band) for band in alpha):
+                        warnings.warn(f"MS: {self.notes[-1]}, but it looks like an image", stacklevel=2)
             self.height, self.width = self.pan_file.shape
             self._pan = _Raster("PAN", str(pan), self.pan_file, alpha_bands(self.pan_file), pan_bands, nodata)
             self._pan_band = pan_bands[0]
@@ -567,6 +570,15 @@ class RasterPair:
         if distance > APART:
             warnings.warn(f"MS: control points or RPCs put it {text}", stacklevel=3)
             self.notes.append(f"control points or RPCs put MS {text}")
+
+
+def _looks_like_image(dataset: DatasetReader, band: int) -> bool:
+    """Whether a band tagged alpha has many values between void and opaque, by a few windows of it."""
+    side = 64
+    tops, lefts = (sorted({0, max(0, (size - side) // 2), max(0, size - side)}) for size in dataset.shape)
+    windows = [Window(left, top, side, side) for top in tops for left in lefts]
+    values = np.concatenate([dataset.read(band, window=window).ravel() for window in windows])
+    return bool(((values != 0) & (values != values.max())).mean() > 0.2)
 
 
 def _georeferenced(dataset: DatasetReader) -> bool:

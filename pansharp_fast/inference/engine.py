@@ -246,8 +246,10 @@ class NetworkEngine:
         self.bands, self.channels = sharpener.bands, sharpener.channels
         self.uncertainty_kind = sharpener.uncertainty_kind
         if len(job.bands) != self.bands:
+            notes = "".join(f"; {note}" for note in getattr(job.source, "notes", ()))
             raise ValueError(
                 f"MS: expected {self.bands} bands, as the weights have, got {len(job.bands)} (choose some with bands)"
+                f"{notes}"
             )
         if any(abs(ratio / RATIO - 1) > RATIO_TOLERANCE for ratio in job.source.ratio):
             rows, columns = job.source.ratio

@@ -268,7 +268,7 @@ class Output:
         ]
         file.scales = [ms.scales[i] for i in index]
         file.offsets = [ms.offsets[i] for i in index]
-        file.update_tags(**_kept(ms.tags()), **(tags or {}))
+        file.update_tags(**(_kept(ms.tags()) | dict(tags or {})))
         for number, band in enumerate(scene.bands, 1):
             file.update_tags(number, **_kept(ms.tags(band)))
         if pan.gcps[0]:
@@ -392,7 +392,7 @@ def _names(file: Path, raster: Path) -> bool:
 def _kept(tags: Mapping[str, str]) -> dict[str, str]:
     """Metadata that is still true of other pixels on another grid."""
     gone = ("STATISTICS_", "TIFFTAG_MINSAMPLE", "TIFFTAG_MAXSAMPLE", "AREA_OR_POINT", "OVR_")
-    return {key: value for key, value in tags.items() if not key.startswith(gone)}
+    return {key: value for key, value in tags.items() if not key.startswith(gone) and key not in ("ns", "bidx")}
 
 
 def _facts(file: DatasetReader) -> dict[str, str]:

@@ -207,9 +207,9 @@ def test_bad_scene(spoil, scene, weights, tmp_path):
         (
             ["--weights", "{tmp}/corrupt.safetensors"],
             1,
-            "weights: expected a safetensors checkpoint, got a damaged file",
+            "weights: expected a safetensors file, got a damaged file",
         ),
-        (["--weights", "{tmp}/pickled.pt"], 1, "weights: expected a safetensors checkpoint, got the pickled file"),
+        (["--weights", "{tmp}/pickled.pt"], 1, "weights: expected a checkpoint of this package, got the pickled file"),
         (["--weights", "{tmp}/eight.safetensors"], 1, "MS: expected 8 bands, as the weights have, got 4"),
         (["--tile", "100"], 1, "tile: expected a positive multiple of 16, got 100"),
         (["--overlap", "256"], 1, "tile: expected more than twice the overlap of 256, got 512"),
@@ -343,3 +343,24 @@ def test_stopped_run_leaves_nothing(number, scene, weights, tmp_path):
     assert process.returncode == (1 if number == signal.SIGINT else 128 + number)
     assert files(tmp_path) == before
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_near_infrared_tagged_alpha(scene, weights, tmp_path):
+    """One line of warning where its values are no mask's, the way out in every message, an image where it is named."""
+    pan, ms = scene(80, 96, "uint8")
+    pixels = np.clip(read(ms) // 4 + 20, 1, 250).astype(np.uint8)
+    pixels[3, 4:8, 4:8] = 0
+    change(ms, pixels, photometric="RGB", alpha="YES")
+    out = str(tmp_path / "out.tif")
+    text = "band 4 of MS is tagged alpha and taken as a mask (bands 1,2,3,4 takes it as an image)"
+    code, printed, err = run("sharpen", str(pan), str(ms), out)
+    assert (code, err) == (0, f"Warning: MS: {text}, but it looks like an image\n")
+    assert text in printed
+    assert read(Path(out)).shape[0] == 3
+    code, _, err = run("sharpen", str(pan), str(ms), out, "--overwrite", "--weights", str(weights))
+    assert code == 1
+    assert f"Error: MS: expected 4 bands, as the weights have, got 3 (choose some with bands); {text}" in err
+    code, printed, err = run("sharpen", str(pan), str(ms), out, "--overwrite", "--bands", "1,2,3,4")
+    assert (code, err) == (0, "")
+    assert "hold data" not in printed, "all of it does"
+    assert read(Path(out)).shape[0] == 4

@@ -349,6 +349,11 @@ def test_nir_tagged_alpha(write):
             values, valid = pair.read_ms(0, 0, 10, 10)
             assert valid.all()
             assert values[bands.index(4), 2, 2] == 0
+    rng = np.random.default_rng(0)
+    write("ms.tif", rng.integers(1, 200, (4, 10, 10)).astype("u1"), transform=MS_GRID, photometric="RGB", alpha="YES")
+    with pytest.warns(UserWarning, match="MS: band 4 of MS is tagged alpha .* but it looks like an image"):
+        RasterPair(pan, ms)
+    ms = write("ms.tif", pixels, transform=MS_GRID, photometric="RGB", alpha="YES")
     with RasterPair(pan, ms, bands=[1, 2, 3, 4], nodata=0) as pair:
         assert np.argwhere(~pair.read_ms(0, 0, 10, 10)[1]).tolist() == [[3, 2, 2]]
 

@@ -288,6 +288,7 @@ def test_a_band_named_alpha_is_written_as_an_image(scene, raster, tmp_path):
     run(pan, ms, bands=[1, 2, 3, 4])
     with rasterio.open(tmp_path / "out.tif") as file:
         assert ColorInterp.alpha not in file.colorinterp
+        assert (file.read_masks() == 255).all()
 
 
 def test_sources(scene, tmp_path):
@@ -363,6 +364,17 @@ def test_sources_that_are_not_local(scene, tmp_path, monkeypatch, name):
     (tmp_path / "stac.json").write_text('{"type": "FeatureCollection", "features": []}')
     with pytest.raises(ValueError, match=r"PAN: expected local files, got .*local_only"):
         check_local("PAN", name)
+
+
+def test_an_earlier_result_can_be_the_source(scene, tmp_path):
+    """Its tags are replaced by the new ones."""
+    pan, ms = scene(64, 64)
+    with rasterio.open(ms, "r+") as file:
+        file.update_tags(PANSHARP_METHOD="older", PANSHARP_FRAME="older", KEPT="yes")
+    run(pan, ms)
+    with rasterio.open(tmp_path / "out.tif") as file:
+        assert file.tags()["KEPT"] == "yes"
+        assert "older" not in file.tags().values()
 
 
 def test_control_points_and_rpcs_are_kept(scene, tmp_path):
