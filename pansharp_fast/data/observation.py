@@ -227,9 +227,33 @@ def blur(x: Tensor, sigma: float) -> Tensor:
     return _apply(x, (x.shape[2], x.shape[3]), np.zeros((1, x.shape[1], 2)), (1.0, 1.0), widths)
 
 
-#: `back_projection="auto"`: steps, and the Gaussian (in MS pixels) through which the residual goes first. Full steps
-#: lay mottle and coloured halos on real images, whose MTF and local displacement are never known exactly.
+#: `back_projection="auto"`: steps, and the Gaussian (in MS pixels) through which the residual goes. Full steps lay
+#: mottle and coloured halos on real images, whose MTF, noise and local displacement are never known exactly.
 AUTO_STEPS, AUTO_BLUR = 2, 0.5
+#: Share of an image whose residual counts as noise, and the Gaussian (in MS pixels) over which its energy is taken.
+QUIET, QUIET_WINDOW = 0.3, 2.0
+
+
+def energy(residual: Tensor) -> Tensor:
+    """Local mean square of a residual [B, C, h, w]."""
+    return blur(residual**2, QUIET_WINDOW)
+
+
+def noise_floor(residual: Tensor, usable: Tensor | None = None) -> Tensor:
+    """[B, C, 1, 1]: energy that the QUIET share of the usable pixels stays below; 0 where none is usable."""
+    values = energy(residual).detach()
+    if usable is not None:
+        values = torch.where(usable, values, torch.nan)
+    ordered = values.flatten(2).sort(2).values  # NaN last
+    count = (~ordered.isnan()).sum(2, keepdim=True)
+    place = (QUIET * (count - 1)).long().clamp_min(0)
+    return ordered.gather(2, place).nan_to_num(0.0)[..., None]
+
+
+def soften(residual: Tensor, floor: Tensor) -> Tensor:
+    """A residual less what noise makes of it (Wiener's weight, 1 - floor / local energy), blurred."""
+    weight = (1 - floor / energy(residual).clamp_min(torch.finfo(residual.dtype).tiny)).clamp(0, 1)
+    return blur(residual * weight, AUTO_BLUR)
 
 
 def back_project(
@@ -250,7 +274,7 @@ def back_project(
         x: [B, C, H, W] in PAN's frame, floating point.
         ms: [B, C, h, w].
         gains, ratio, phase, d: as `observe`.
-        steps: how often in full; "auto" is `AUTO_STEPS` with the residual blurred first; 0 returns `x`.
+        steps: how often in full; "auto" is `AUTO_STEPS`, where noise is left alone (`soften`); 0 returns `x`.
 
     Returns:
         [B, C, H, W], dtype of `x`. Differentiable.
@@ -266,6 +290,6 @@ def back_project(
     for _ in range(count):
         residual = ms.to(x.dtype) - observe(x, small, gains=gains, ratio=ratio, phase=phase, d=d)
         if soft:
-            residual = blur(residual, AUTO_BLUR)
+            residual = soften(residual, noise_floor(residual))
         x = x + upsample(residual, large, ratio=ratio, phase=phase, d=d)
     return x

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import classical
 from ..data.grid import RATIO
-from ..data.observation import observe, resample
+from ..data.observation import AUTO_STEPS, observe, resample
 from ..data.registration import Registration, Source, measure
 from ..data.sensors import Sensor
 from ..options import FRAMES, expect
@@ -26,6 +26,8 @@ from .tiles import Span
 
 #: Side of the blocks of the first pass, in PAN pixels, and how many of them are read at most, spread over the scene.
 BLOCK, MAX_BLOCKS = 1024, 49
+#: Side of the windows by which the noise of a residual is told, in PAN pixels, and how many there are each way.
+SAMPLE, SAMPLES = 512, 3
 #: Scenes of more PAN pixels give every second row and column to the statistics at PAN's resolution.
 DENSE = 1 << 22
 #: Relative deviation from a network's ratio that resampling MS may make up for.
@@ -75,10 +77,16 @@ def _span(row: Span, column: Span) -> tuple[int, int, int, int]:
 
 
 def _finish(
-    job: Job, placed: Placed, image: Tensor, row: Span, column: Span, steps: int | str
+    job: Job,
+    placed: Placed,
+    image: Tensor,
+    row: Span,
+    column: Span,
+    steps: int | str,
+    floors: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Back-projection and frame; the part that is written, [C, H, W] and its validity."""
-    image = placed.back_project(image, steps)
+    image = placed.back_project(image, steps, floors)
     usable, left = placed.usable(), placed.ms - placed.observe(image)
     for axis, written in ((2, row.written), (3, column.written)):
         place = placed.phase[axis - 2] + placed.ratio[axis - 2] * torch.arange(left.shape[axis])
@@ -126,15 +134,35 @@ class ClassicalEngine:
         self.name = self.method
         self.bands = self.channels = len(job.bands)
         self.statistics, self.means = first_pass(job, self.method)
+        self.floors = self._noise_floors() if job.back_projection == "auto" else None
+
+    def _fuse(self, placed: Placed) -> Tensor:
+        return classical.apply(self.method, piece_of(placed, self.method), self.statistics, self.band_weights)
+
+    def _noise_floors(self) -> list[Tensor]:
+        """Noise floor of the residual at each step of back-projection: median over windows spread over the scene."""
+        source, found = self.job.source, []
+        starts = [
+            sorted({round(k * max(length - SAMPLE, 0) / (SAMPLES - 1)) for k in range(SAMPLES)})
+            for length in (source.height, source.width)
+        ]
+        for top, left in itertools.product(*starts):
+            window = (top, left, min(SAMPLE, source.height - top), min(SAMPLE, source.width - left))
+            placed = self.job.place(window, self.means)
+            if float(placed.valid().float().mean()) > 0.25:
+                floors: list[Tensor] = []
+                placed.back_project(self._fuse(placed), "auto", floors)
+                found.append(torch.stack(floors))
+        if not found:  # nothing to tell noise by: no back-projection
+            return [torch.full((1, self.bands, 1, 1), torch.inf)] * AUTO_STEPS
+        return list(torch.stack(found).median(0).values)
 
     def tile(self, row: Span, column: Span) -> tuple[Tensor | None, Tensor]:
         """Result [C, H, W] of what a tile writes and where it holds data [H, W]; None where it does nowhere."""
         job, placed = self.job, self.job.place(_span(row, column), self.means)
         if not bool(placed.valid()[row.written, column.written].any()) and job.frame == "pan":
             return None, torch.zeros(row.stop - row.start, column.stop - column.start, dtype=torch.bool)
-        piece = piece_of(placed, self.method)
-        image = classical.apply(self.method, piece, self.statistics, self.band_weights)
-        return _finish(job, placed, image, row, column, job.back_projection)
+        return _finish(job, placed, self._fuse(placed), row, column, job.back_projection, self.floors)
 
 
 def piece_of(placed: Placed, method: str) -> classical.Piece:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.observation import AUTO_BLUR, AUTO_STEPS, blur, move, observe, resample, upsample
+from ..data.observation import AUTO_STEPS, blur, move, noise_floor, observe, resample, soften, upsample
 from ..data.registration import Registration, Source
 
 #: MS pixels around a window that interpolation, blur and back-projection look at.
@@ -196,16 +196,24 @@ class Placed:
             out &= seen[0] < 0.02
         return out[None]
 
-    def back_project(self, x: Tensor, steps: int | str) -> Tensor:
-        """As `data.observation.back_project`; void pixels have no part in it."""
+    def back_project(self, x: Tensor, steps: int | str, floors: list[Tensor] | None = None) -> Tensor:
+        """As `data.observation.back_project`; void pixels have no part in it.
+
+        Args:
+            x: [1, C, H, W] in PAN's frame.
+            steps: a number, or "auto".
+            floors: the scene's noise floor at each "auto" step; an empty list is filled with the window's own.
+        """
         count = AUTO_STEPS if steps == "auto" else int(steps)
         if not count:
             return x
-        usable = self.usable()
-        for _ in range(count):
+        usable, floors = self.usable(), [] if floors is None else floors
+        for step in range(count):
             residual = torch.where(usable, self.ms.to(x) - self.observe(x), 0)
             if steps == "auto":
-                residual = blur(residual, AUTO_BLUR)
+                if len(floors) == step:
+                    floors.append(noise_floor(residual, usable))
+                residual = soften(residual, floors[step])
             extra = upsample(residual, self.size, ratio=self.ratio, phase=self.phase, d=self.d)
             x = x + (extra if self.bend is None else _bent(extra, self.bend))
         return x
