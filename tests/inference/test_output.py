@@ -1,5 +1,6 @@
 """What is written, and what becomes of the files beside it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -394,3 +395,18 @@ def test_control_points_and_rpcs_are_kept(scene, tmp_path):
                 assert file.gcps[1] == "EPSG:32633"
                 assert file.tags()["PLACE"] == "Zürich <&> 東京"
                 assert len(file.tags()["LONG"]) == 3000
+
+
+def test_threads_write_side_by_side(scene, tmp_path):
+    pan, ms = scene(120, 120, nodata=0)
+
+    def one(number: int) -> bytes:
+        out, picture = tmp_path / f"{number}.tif", tmp_path / f"{number}.png"
+        run(pan, ms, out=out, preview=picture, creation_options={"COMPRESS": "LZW"}, cog=number % 2 == 1)
+        with rasterio.open(out) as file, rasterio.open(picture) as look:
+            return file.read().tobytes() + look.read().tobytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(one, range(8)))
+    assert len(set(results[::2])) == len(set(results[1::2])) == 1
+    assert len(names(tmp_path)) == 18
