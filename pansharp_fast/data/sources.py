@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import rasterio
-from rasterio._path import _parse_path
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
+
+try:
+    from rasterio._path import _parse_path
+except ImportError:  # rasterio before 1.4
+    from rasterio.path import _parse_path
 
 #: GDAL's file systems that stay on this machine.
 _LOCAL = ("/vsizip/", "/vsitar/", "/vsi7z/", "/vsirar/", "/vsigzip/", "/vsisparse/", "/vsicached?file=", "/vsisubfile/")
