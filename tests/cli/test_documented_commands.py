@@ -30,7 +30,7 @@ def parse(command, arguments, parent=None, name="pansharp-fast"):
         return context.params
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", list(commands()))
 def test_documented_command_is_taken(line):
     parse(main, shlex.split(line, comments=True)[1:])
 
