@@ -291,8 +291,7 @@ def write_pancollection(path: str | os.PathLike[str], samples: list[dict[str, np
             file[name] = np.stack([sample[name] for sample in samples])
         if "displacement" in file:
             file["displacement"].attrs["unit"] = "pixels of pan (rows, columns), down and right positive"
-        gains = sensor.gains(samples[0]["ms"].shape[0])
-        file.attrs.update(sensor=sensor.name, mtf=gains, max_value=sensor.peak, ratio=ratio, phase=ratio / 2)
+        file.attrs.update(sensor=sensor.name, mtf=sensor.mtf_ms, max_value=sensor.peak, ratio=ratio, phase=ratio / 2)
 
 
 def simulate(
