@@ -231,6 +231,7 @@ class Output:
             "blockxsize": block,
             "blockysize": block,
             "bigtiff": "if_safer",
+            "num_threads": "all_cpus",
             **compression,
         }
         plain = profile
