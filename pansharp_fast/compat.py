@@ -81,8 +81,9 @@ def _tensors(name: str, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
                 f"{name}: expected tensors by name, or those as one of {', '.join(_STATE_KEYS)}, "
                 f"got {type(value).__name__} as {key!r}"
             )
-    while state_dict and all(key.startswith("module.") for key in state_dict):  # nn.DataParallel and its kind
-        state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    for prefix in ("module.", "_orig_mod.", "module."):  # what nn.DataParallel and its kind, and torch.compile add
+        if state_dict and all(key.startswith(prefix) for key in state_dict):
+            state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
     return dict(state_dict)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..ops._backends import requested, unavailable
-from .plain import is_plain, is_plain_conv, pads_with_zeros, traced
+from .plain import is_plain, is_plain_conv, pads_with_zeros, traced, transformed
 
 #: From these sizes on Winograd's fewer multiplications outweigh its transforms; with norm, activation and residual in
 #: the same pass fewer outputs suffice.
@@ -127,7 +127,7 @@ def _modulated(norm: Any, x: Tensor, modulation: tuple[Tensor, Tensor] | None) -
 
 def joined(x: Tensor, *others: Tensor) -> Tensor:
     """`torch.cat` of [B, C, H, W] tensors along channels, in channels_last where x is, whatever the others are."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if transformed() or not x.is_contiguous(memory_format=torch.channels_last):
         return torch.cat([x, *others], 1)
     return torch.cat([tensor.permute(0, 2, 3, 1) for tensor in (x, *others)], 3).permute(0, 3, 1, 2)
 
@@ -169,6 +169,7 @@ def inference(x: Tensor) -> bool:
         and x.numel() > 0
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and not transformed()
         and requested()[0] in ("auto", "cpu")
         and unavailable("cpu") is None
     )

@@ -280,3 +280,20 @@ def test_predicate():
     assert not is_plain_conv(conv, 3)
     handle.remove()
     assert is_plain_conv(conv, 3)
+
+
+def test_transforms_and_traces_take_the_plain_form():
+    model, _ = pancrafter()
+    other = pancrafter()[0]
+    inputs = torch.randn(1, 1, 72, 64), torch.randn(1, 1, 18, 16), torch.randn(1, 4, 18, 16), torch.ones(1)
+    larger = torch.randn(1, 1, 80, 96), torch.randn(1, 1, 20, 24), torch.randn(1, 4, 20, 24), torch.ones(1)
+    parameters, _ = torch.func.stack_module_state([model, other])
+    with torch.no_grad():
+        expected = torch.stack([each(*inputs) for each in (model, other)])
+        with use_backend("reference"):
+            both = torch.func.vmap(lambda p: torch.func.functional_call(model, p, inputs))(parameters)
+        traced = torch.jit.trace(model, inputs)
+        assert (both - expected).abs().max() <= 1e-4 * expected.abs().max()
+        for arguments in (inputs, larger):
+            result = model(*arguments)
+            assert (traced(*arguments) - result).abs().max() <= 1e-4 * result.abs().max()
