@@ -203,7 +203,7 @@ def test_configuration_survives_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bands": 0}, "bands: expected at least 1, got 0"),
+        ({"bands": 0}, "bands: expected a whole number from 1 to 1024, got 0"),
         ({"inner_channel": 12}, "inner_channel: expected a positive multiple of 8, got 12"),
         ({"prediction": "x0"}, "prediction: expected one of sample, epsilon, v_prediction, got 'x0'"),
     ],
@@ -217,7 +217,7 @@ def test_bad_official_configuration():
     for name, config, message in (
         ("fsa_s", {"in_channel": 4, "out_channel": 8}, "config: expected out_channel=4"),
         ("fsa_t", {"inner": 4}, r"expected arguments of the official constructor, got \['inner'\]"),
-        ("prior", {"bands": 4}, r"config: expected spectral_num, got \['bands'\]"),
+        ("prior", {"bands": 4}, r"config: expected arguments of the official constructor, got \['bands'\]"),
     ):
         with pytest.raises(ValueError, match=message):
             from_official(name, config, {})
