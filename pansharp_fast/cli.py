@@ -341,26 +341,33 @@ def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | N
 
 @main.command()
 @click.option("--out", default="demo_output", show_default=True, type=click.Path(), help="Folder for the results.")
-@click.option("--weights", default="tiny", show_default=True, help="Checkpoint file, or name of shipped weights.")
+@click.option("--weights", help="Checkpoint file, or name of shipped weights  [default: what sharpen does].")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def demo(out: str, weights: str, device: str, quiet: bool) -> None:
-    """Sharpen the three sample scenes that come with the package, and measure the result."""
+def demo(out: str, weights: str | None, device: str, quiet: bool) -> None:
+    """Sharpen the three sample scenes that come with the package, and measure the result beside other methods."""
     from rich.console import Console
     from rich.table import Table
 
-    from .inference.demo import mean_results, run_demo
+    from .demo import FULL, REDUCED, mean_results, run_demo
+    from .metrics.measures import MEASURES
 
     with _quiet_libraries(), _progress("sharpening the sample scenes", quiet) as progress:
         results = run_demo(out, weights=weights, device=device, progress=progress)
-    table = Table("scene", "method", title="Reduced resolution, against the original MS")
-    for heading in ("PSNR dB ↑", "SAM ° ↓", "ERGAS ↓", "s per megapixel"):
-        table.add_column(heading, justify="right")
-    for result in (*results, *mean_results(results)):
-        numbers = (result.psnr, result.sam, result.ergas, result.seconds)
-        last = result.method == results[-1].method
-        table.add_row(result.scene, result.method, *(f"{number:.3f}" for number in numbers), end_section=last)
-    Console().print(table)
+    for title, names in (
+        ("Reduced resolution, against the original MS", REDUCED),
+        ("Full resolution (mottle and halo: registered GSA is 1)", FULL),
+    ):
+        table = Table("scene", "method", title=title)
+        for name in names:
+            table.add_column(MEASURES[name].heading, justify="right")
+        if names is REDUCED:
+            table.add_column("s per megapixel", justify="right")
+        for result in (*results, *mean_results(results)):
+            texts = [MEASURES[name].text(result.values[name]) for name in names]
+            texts += [f"{result.seconds:.2f}"] if names is REDUCED else []
+            table.add_row(result.scene, result.method, *texts, end_section=result.method == results[-1].method)
+        Console().print(table)
     click.echo(f"Wrote scene1_sharpened.tif to scene3_sharpened.tif and comparison.png to {out}")
 
 
@@ -402,9 +409,8 @@ def train() -> None:
 @click.argument("pan", type=click.Path())
 @click.argument("ms", type=click.Path())
 @click.argument("out", type=click.Path(dir_okay=False))
-@click.option("--sensor", help="Sensor whose MTF degrades MS  [default: what the metadata name, else a gain of .3].")
-@click.option("--mtf", metavar="G,G,...", callback=_values, help="MTF gains at Nyquist, one or one a band.")
-@click.option("--patch", default=64, show_default=True, help="Side of a patch, in MS pixels; a multiple of the ratio.")
+@click.option("--sensor", required=True, help="Sensor whose MTF degrades MS (WV2, WV3, QB, GF2, ..., default).")
+@click.option("--patch", default=64, show_default=True, help="Side of a patch, in MS pixels; a multiple of 4.")
 @click.option("--overlap", default=4, show_default=True, help="Low-resolution pixels shared by neighbouring patches.")
 @click.option("--valid-out", type=click.Path(dir_okay=False), help="File for patches of the scene's right part.")
 @click.option("--valid-share", default=0.2, show_default=True, help="Share of the columns that goes to --valid-out.")
@@ -415,7 +421,7 @@ def train() -> None:
     metavar="DY,DX",
     callback=_numbers,
     help="Displacement of MS against PAN in PAN pixels, down and right positive: MS shows at p + (DY, DX) what PAN "
-    "shows at p. Undone as --frame says; fractions are allowed  [default: 0,0].",
+    "shows at p. PAN is moved by it; fractions are allowed  [default: 0,0].",
 )
 @click.option(
     "--register",
@@ -429,7 +435,7 @@ def train() -> None:
     type=click.Choice(["ms", "pan"]),
     default="ms",
     show_default=True,
-    help="Move PAN by --shift or to the bands' median, or every band to PAN.",
+    help="With --register auto: move PAN to the bands' median, or every band to PAN.",
 )
 @click.option(
     "--phase",
@@ -456,14 +462,42 @@ def _baselines(_ctx: click.Context, _param: click.Parameter, value: str) -> list
     return names
 
 
+def _methods(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[str]:
+    return [] if value is None else [name.strip() for name in value.split(",")]
+
+
+def _band_names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int | str] | None:
+    if value is None:
+        return None
+    return [int(name) if name.strip().isdigit() else name.strip() for name in value.split(",")]
+
+
 @main.command()
 @click.option("--data", metavar="FILE.h5", type=click.Path(), help="PanCollection HDF5 file; or give --pan and --ms.")
 @click.option("--pan", metavar="PAN.tif", help="PAN raster, cut into crops that count as scenes.")
 @click.option("--ms", metavar="MS.tif", help="MS raster that belongs to it.")
 @click.option("--out", metavar="DIR", required=True, type=click.Path(file_okay=False), help="Folder of the report.")
-@click.option("--sensor", required=True, help="WV2, WV3, WV4, QB, GF2, IKONOS, GeoEye1 or default.")
-@click.option("--model", "models", multiple=True, help="Checkpoint file, or name of shipped weights; repeatable.")
-@click.option("--baselines", default="EXP", show_default=True, callback=_baselines, help="all, none or names: A,B,...")
+@click.option(
+    "--sensor", help="WV2, WV3, WV4, QB, GF2, IKONOS, GeoEye1 or default  [default: what FILE.h5 says, else default]."
+)
+@click.option(
+    "--bands", metavar="B,B,...", callback=_band_names, help="Bands by name or by number from 1 [default: all]."
+)
+@click.option("--weights", multiple=True, help="Checkpoint file, or name of shipped weights; repeatable.")
+@click.option(
+    "--baselines",
+    default="EXP",
+    show_default=True,
+    callback=_baselines,
+    help="The textbook's methods: all, none or names: A,B,...",
+)
+@click.option(
+    "--methods",
+    metavar="M,M,...",
+    callback=_methods,
+    help="Further ones, each [registered ]NAME[ + N|auto]: a classical method or weights, its bands registered on PAN "
+    "first, steps of back-projection after: 'registered bt-h + auto'.",
+)
 @click.option(
     "--protocol",
     "protocols",
@@ -473,11 +507,13 @@ def _baselines(_ctx: click.Context, _param: click.Parameter, value: str) -> list
 )
 @click.option("--peak", type=float, help="Largest value [default: the sensor's].")
 @click.option("--cut", default=21, show_default=True, help="Border pixels left out at reduced resolution.")
-@click.option("--crop", type=int, help="Side of a crop of PAN [default: 1024 reduced, 512 full].")
+@click.option("--crop", type=int, help="Side of a crop of PAN [default: 512, 256 reduced, of what methods see].")
 @click.option("--nodata", type=float, help="Value without data where a raster declares none.")
 @click.option("--max-scenes", type=click.IntRange(1), help="Scenes of each protocol at most.")
 @click.option("--pictures", "pictures_of", default=3, show_default=True, help="Scenes of each protocol to show.")
-@click.option("--shift-test", is_flag=True, help="Measure under known PAN/MS shifts of 0 to 4 pixels, too.")
+@click.option(
+    "--shift-test", is_flag=True, help="Each method under shifts of 0 to 4 PAN pixels, unregistered and registered."
+)
 @click.option("--shift-scenes", default=4, show_default=True, type=click.IntRange(1), help="Scenes of the shift test.")
 @click.option(
     "--published", help="Compare with the papers' numbers for WV3, GF2, QB, WV2, or none [default: if known]."

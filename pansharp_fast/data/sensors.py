@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -52,6 +52,40 @@ class Sensor:
             raise ValueError(f"sensor {self.name}: expected {len(self.mtf_ms)} bands, got {bands}")
         return self.mtf_ms
 
+    def numbers(self, bands: Sequence[int | str]) -> list[int]:
+        """Numbers, from 1, of some MS bands.
+
+        Args:
+            bands: numbers from 1, or names of `band_names` (case does not matter).
+
+        Raises:
+            ValueError: a band is none of the sensor's, or none is named.
+        """
+        names = [name.lower() for name in self.band_names]
+        found = []
+        for band in bands:
+            if isinstance(band, str) and band.lower() in names:
+                found.append(names.index(band.lower()) + 1)
+            elif isinstance(band, int) and band >= 1 and (not names or band <= len(names)):
+                found.append(band)
+            else:
+                known = f"some of {', '.join(self.band_names)} or numbers from 1" if names else "numbers from 1"
+                raise ValueError(f"bands: expected {known}, got {band!r}")
+        if not found:
+            raise ValueError("bands: expected at least one, got none")
+        return found
+
+    def select(self, bands: Sequence[int | str]) -> Sensor:
+        """This sensor with some of its MS bands, in that order; `bands` and errors as in `numbers`."""
+        chosen = [number - 1 for number in self.numbers(bands)]
+        shown = [chosen.index(k) for k in self.rgb if k in chosen]
+        return replace(
+            self,
+            mtf_ms=self.mtf_ms if len(self.mtf_ms) == 1 else tuple(self.mtf_ms[k] for k in chosen),
+            band_names=tuple(self.band_names[k] for k in chosen) if self.band_names else (),
+            rgb=(shown[0], shown[1], shown[2]) if len(shown) == 3 else (0, 0, 0),
+        )
+
 
 _BGRN = ("blue", "green", "red", "NIR")
 _WV = ("coastal", "blue", "green", "yellow", "red", "red edge", "NIR1", "NIR2")
@@ -97,21 +131,6 @@ def get_sensor(sensor: str | Sensor) -> Sensor:
     if key is None:
         raise ValueError(f"sensor: expected one of {', '.join(SENSORS)}, got {sensor!r}")
     return SENSORS[key]
-
-
-def gains_of(sensor: Sensor, mtf: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """MTF gains of all bands of a pair: those given, else the sensor's; their mean where it has another number.
-
-    Raises:
-        ValueError: another number of gains is given, or one is not between 0 and 1.
-    """
-    if mtf is not None:
-        values = tuple(float(value) for value in mtf)
-        if len(values) not in (1, count) or not all(0 < value < 1 for value in values):
-            raise ValueError(f"mtf: expected 1 or {count} gains between 0 and 1, got {values}")
-        return values * count if len(values) == 1 else values
-    own = sensor.mtf_ms
-    return own if len(own) == count else (sum(own) / len(own),) * count
 
 
 #: How products name a sensor in their metadata (GDAL's IMAGERY domain, the provider's own tags) -> key of `SENSORS`.

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data import interp23
+from .. import pictures as shared
+from ..data.observation import upsample
 from ..files import atomic
 from .scenes import Scene
 
 #: Side of the enlarged part, in pixels.
 ZOOM = 64
-#: Shown percentiles of the reference.
-STRETCH = (1, 99)
 
 
 def slug(label: str) -> str:
@@ -34,23 +33,10 @@ def exist(stem: Path, label: str) -> bool:
     return path(stem, label, "rgb").exists() and path(stem, label, "zoom").exists()
 
 
-def _limits(image: torch.Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    low, high = np.nanpercentile(image.numpy(), STRETCH, axis=(1, 2), keepdims=True)
-    return low, np.maximum(high, low + 1e-9)
-
-
-def _save(file: Path, image: NDArray[np.float64], colours: str | None = None) -> None:
-    """[3, H, W] or [H, W] with values 0..1 as PNG, through a colour table where one is named; whole or not at all."""
-    from matplotlib import colormaps
-    from matplotlib.image import imsave
-
-    image = np.nan_to_num(image).clip(0, 1)
-    if image.ndim == 2:
-        pixels = colormaps[colours or "gray"](image)[..., :3]
-    else:
-        pixels = np.moveaxis(image, 0, -1)
+def _save(file: Path, image: NDArray[np.floating]) -> None:
+    """As `pictures.write`, whole or not at all."""
     with atomic(file) as part:
-        imsave(part, np.ascontiguousarray((pixels * 255).round().astype(np.uint8)), format="png")
+        shared.write(part, image)
 
 
 def _window(scene: Scene) -> tuple[slice, slice]:
@@ -71,22 +57,30 @@ def _colours(image: torch.Tensor, rgb: tuple[int, int, int]) -> torch.Tensor:
 
 def reference(stem: Path, scene: Scene, rgb: tuple[int, int, int]) -> None:
     """PAN, MS (pixels repeated) and ground truth of a scene."""
-    rows, columns = _window(scene)
-    pan = scene.pan[0].expand(3, -1, -1)
-    ms = _colours(scene.ms, rgb).repeat_interleave(4, 1).repeat_interleave(4, 2)
-    shown = [("PAN", pan, pan), ("MS", ms, _target(scene, rgb))]
+    height, width = scene.pan.shape[2:]
+    rows = (
+        torch.arange(height).float().sub(scene.phase[0]).div(scene.ratio).round().long().clamp(0, scene.ms.shape[2] - 1)
+    )
+    columns = torch.arange(width).float().sub(scene.phase[1]).div(scene.ratio).round().long()
+    ms = _colours(scene.ms, rgb)[:, rows][..., columns.clamp(0, scene.ms.shape[3] - 1)].numpy()
+    pan = scene.pan[0].numpy()
+    shown = [("PAN", pan, shared.limits(pan)), ("MS", ms, _limits(scene, rgb))]
     if scene.gt is not None:
-        shown.append(("GT", _target(scene, rgb), _target(scene, rgb)))
-    for label, image, against in shown:
-        low, high = _limits(against)
-        stretched = (image.numpy() - low) / (high - low)
-        _save(path(stem, label, "zoom"), stretched[:, rows, columns])
-        _save(path(stem, label, "rgb"), stretched)
+        shown.append(("GT", _colours(scene.gt, rgb).numpy(), _limits(scene, rgb)))
+    for label, image, ends in shown:
+        _show(stem, label, shared.stretch(image, ends), scene)
 
 
-def _target(scene: Scene, rgb: tuple[int, int, int]) -> torch.Tensor:
-    """What the stretch is taken from: ground truth, else upsampled MS."""
-    return _colours(interp23(scene.ms) if scene.gt is None else scene.gt, rgb)
+def _limits(scene: Scene, rgb: tuple[int, int, int]) -> NDArray[np.float64]:
+    """The stretch of everything that a scene shows: that of its ground truth, else of MS."""
+    return shared.limits(_colours(scene.ms if scene.gt is None else scene.gt, rgb).numpy())
+
+
+def _show(stem: Path, label: str, image: NDArray[np.float64], scene: Scene) -> None:
+    """A stretched picture and its enlarged part."""
+    rows, columns = _window(scene)
+    _save(path(stem, label, "zoom"), image[:, rows, columns])
+    _save(path(stem, label, "rgb"), image)
 
 
 def result(stem: Path, label: str, fused: torch.Tensor, scene: Scene, rgb: tuple[int, int, int]) -> None:
@@ -94,12 +88,11 @@ def result(stem: Path, label: str, fused: torch.Tensor, scene: Scene, rgb: tuple
 
     Error maps show the mean of |fused - gt| over bands; their white is the 99th percentile of the interpolated image's.
     """
-    rows, columns = _window(scene)
-    low, high = _limits(_target(scene, rgb))
-    stretched = (_colours(fused, rgb).numpy() - low) / (high - low)
     if scene.gt is not None:
-        plain = (interp23(scene.ms) - scene.gt).abs().mean(1)[0]
-        top = max(float(np.nanpercentile(plain.numpy(), 99)), 1e-9)
-        _save(path(stem, label, "error"), (fused - scene.gt).abs().mean(1)[0].numpy() / top, "magma")
-    _save(path(stem, label, "zoom"), stretched[:, rows, columns])
-    _save(path(stem, label, "rgb"), stretched)
+        from matplotlib import colormaps
+
+        plain = upsample(scene.ms, (scene.gt.shape[2], scene.gt.shape[3]), ratio=scene.ratio, phase=scene.phase)
+        error, usual = ((image - scene.gt).abs().mean(1)[0].numpy() for image in (fused, plain))
+        top = max(float(np.nanpercentile(usual, 99)), 1e-9)
+        _save(path(stem, label, "error"), np.moveaxis(colormaps["magma"](np.nan_to_num(error / top))[..., :3], -1, 0))
+    _show(stem, label, shared.stretch(_colours(fused, rgb).numpy(), _limits(scene, rgb)), scene)

@@ -13,32 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic
+from ..metrics.measures import MEASURES
+from ..pictures import STRETCH
 from . import pictures
 from .published import CONTRADICTED, PUBLISHED
 
-#: Measure -> (unit, whether larger is better, decimals). The ideal of "sharpness" is 1, so neither.
-FACTS: dict[str, tuple[str, bool | None, int]] = {
-    "PSNR": ("dB", True, 3),
-    "SSIM": ("", True, 4),
-    "SAM": ("°", False, 3),
-    "ERGAS": ("", False, 3),
-    "SCC": ("", True, 4),
-    "Q": ("", True, 4),
-    "Q2n": ("", True, 4),
-    "D_lambda_K": ("", False, 4),
-    "D_s": ("", False, 4),
-    "HQNR": ("", True, 4),
-    "D_lambda": ("", False, 4),
-    "QNR": ("", True, 4),
-    "sharpness": ("", None, 4),
-}
 TITLES = {"reduced": "Reduced resolution (against ground truth)", "full": "Full resolution (no reference)"}
 
 DEFINITIONS = """\
 Measures follow the DLPan toolbox (SAM, ERGAS, SCC, Q, Q2n, D_lambda_K, D_s, HQNR, and D_lambda and QNR of the \
-original QNR); PSNR pools one error over all bands; SSIM uses a Gaussian window, sigma 1.5. Values are computed in \
-float64 from unrounded, unclipped results. Each cell: mean of the scenes' values ± sample standard deviation (N-1). \
-Bold: best of its column as printed. Seconds: median of a scene, on the machine named below."""
+original QNR); PSNR pools one error over all bands; SSIM uses a Gaussian window, sigma 1.5. The textbook's measures at \
+full resolution know of no displacement between PAN and MS; those called registered, consistency, mottle and halo are \
+taken with the displacement that was measured. Values are computed in float64 from unrounded, unclipped results. Each \
+cell: mean of the scenes' values ± sample standard deviation (N-1). Bold: best of its column as printed. Seconds: the \
+median of a scene, registration included, on the machine named below. A method's name alone means the textbook's."""
 
 
 def _cell(values: Sequence[float | None]) -> dict[str, Any]:
@@ -83,7 +71,7 @@ def results(
                         f"{cell['scenes']} scenes, which its mean leaves out: {', '.join(left_out)}"
                     )
     curves: dict[str, dict[str, dict[str, list[list[float | None]]]]] = {}
-    for method in methods:
+    for method in dict.fromkeys(r["method"] for r in records if r["protocol"] == "shift"):
         mine = [r for r in records if r["protocol"] == "shift" and r["method"] == method]
         for measure in mine[0]["values"] if mine else ():
             for axis, other in ((0, 1), (1, 0)):
@@ -111,15 +99,13 @@ def name(measure: str, bands: int) -> str:
 
 
 def _heading(measure: str, bands: int) -> str:
-    unit, larger, _ = FACTS[measure]
-    arrow = {True: " ↑", False: " ↓", None: ""}[larger]
-    return name(measure, bands) + (f" [{unit}]" if unit else "") + arrow
+    return MEASURES[measure].heading.replace(measure, name(measure, bands), 1)
 
 
 def _text(cell: Mapping[str, Any], measure: str) -> str:
     if cell["mean"] is None:
         return f"undefined ({cell['scenes']} scenes)"
-    digits = FACTS[measure][2]
+    digits = MEASURES[measure].digits
     spread = f" ± {cell['std']:.{digits}f}" if cell["std"] is not None else ""
     partial = f" ({cell['defined']} of {cell['scenes']} scenes)" if cell["defined"] < cell["scenes"] else ""
     return f"{cell['mean']:.{digits}f}{spread}{partial}"
@@ -130,7 +116,7 @@ Rows = list[list[tuple[str, bool]]]  # (text, whether it is the best of its colu
 
 def _best(column: Mapping[str, float | None], measure: str) -> set[str]:
     """Rows that share the best value as printed; none where there is nothing to choose from."""
-    larger, digits = FACTS[measure][1:]
+    larger, digits = MEASURES[measure].larger, MEASURES[measure].digits
     values = {key: round(value, digits) for key, value in column.items() if value is not None}
     if larger is None or len(values) < 2:
         return set()
@@ -153,7 +139,7 @@ def _summary_table(found: Mapping[str, Any], protocol: str) -> tuple[list[str], 
 def _published_table(found: Mapping[str, Any], dataset: str) -> tuple[list[str], Rows]:
     """Printed rows, then those of this run, in the measures that the papers give."""
     printed = PUBLISHED[dataset].rows
-    measures = [measure for measure in FACTS if any(measure in row for row in printed.values())]
+    measures = [measure for measure in MEASURES if any(measure in row for row in printed.values())]
     ours: dict[str, dict[str, float | None]] = {}
     for protocol, known in found["published"].items():
         if known == dataset:
@@ -187,7 +173,12 @@ def _published_notes(found: Mapping[str, Any], dataset: str) -> list[str]:
 def _markdown_table(header: Sequence[str], rows: Rows) -> list[str]:
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
     lines += [[f"**{text}**" if best else text for text, best in row] for row in rows]
-    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+    return ["| " + " | ".join(map(_markdown, line)) + " |" for line in lines] + [""]
+
+
+def _markdown(text: str) -> str:
+    """Names of files and scenes as Markdown that shows them: no HTML, no table cells, no emphasis of theirs."""
+    return html.escape(text, quote=False).replace("|", "\\|")
 
 
 def tables(found: Mapping[str, Any]) -> str:
@@ -207,8 +198,13 @@ def tables(found: Mapping[str, Any]) -> str:
 def markdown(found: Mapping[str, Any]) -> str:
     """The tables for reading and pasting."""
     settings = found["settings"]
-    lines = [f"# Evaluation: {_subject(settings)}", "", f"Sensor {settings['sensor']}, peak {settings['peak']:g}.", ""]
-    lines += [line for text in found["undefined"] for line in (f"> **Undefined:** {text}", "")]
+    lines = [
+        f"# Evaluation: {_markdown(_subject(settings))}",
+        "",
+        f"Sensor {settings['sensor']}, peak {settings['peak']:g}.",
+        "",
+    ]
+    lines += [line for text in found["undefined"] for line in (f"> **Undefined:** {_markdown(text)}", "")]
     for protocol in found["summary"]:
         lines += [f"## {TITLES[protocol]}", "", *_markdown_table(*_summary_table(found, protocol))]
     for dataset in dict.fromkeys(found["published"].values()):
@@ -217,13 +213,14 @@ def markdown(found: Mapping[str, Any]) -> str:
     if found["shift"]:
         lines += ["## Shift test", "", *_markdown_table(*_shift_table(found)), SHIFT_NOTE, ""]
     lines += [DEFINITIONS, "", "## Settings", ""]
-    return "\n".join([*lines, *(f"- {key}: {_setting(value)}" for key, value in settings.items()), ""])
+    return "\n".join([*lines, *(f"- {key}: {_markdown(_setting(value))}" for key, value in settings.items()), ""])
 
 
 SHIFT_NOTE = """\
 PAN's content is moved by a known distance, in pixels of the PAN that methods see, to the right (x) or down (y): \
 before the pair is reduced, or, where the data has its own ground truth, as it is. Sharpness is the mean gradient of \
-the result over that of the ground truth: 1 is as sharp, below is blurred."""
+the result over that of the ground truth: 1 is as sharp, below is blurred. Each method is shown as it is and with its \
+bands registered."""
 
 
 def _shift_table(found: Mapping[str, Any]) -> tuple[list[str], Rows]:
@@ -325,12 +322,14 @@ def _gallery(folder: Path, found: Mapping[str, Any]) -> str:
                     images = "".join(_image(pictures.path(stem, label, kind), f"{label} {kind}") for kind in kinds)
                     figures += f"<figure><figcaption>{html.escape(label)}</figcaption>{images}</figure>\n"
             if figures:
-                parts.append(f"<h3>{protocol}, scene {html.escape(scene)}</h3><div class=grid>{figures}</div>")
+                parts.append(
+                    f"<h3>{html.escape(protocol)}, scene {html.escape(scene)}</h3><div class=grid>{figures}</div>"
+                )
     if not parts:
         return ""
-    low, high = pictures.STRETCH
+    low, high = STRETCH
     legend = (
-        f"Natural colours by sensor, percentiles {low} to {high} of the reference (ground truth, or upsampled MS) for "
+        f"Natural colours by sensor, percentiles {low} to {high} of the reference (ground truth, or MS) for "
         f"all; below them the {pictures.ZOOM} x {pictures.ZOOM} pixels in which PAN varies most; below these |result - "
         "ground truth|, mean over bands, black 0, white the 99th percentile of the interpolated image's error."
     )
@@ -375,7 +374,7 @@ def _scenes(found: Mapping[str, Any], protocol: str) -> str:
     rows: Rows = []
     for record in records:
         cells = [record["values"][measure] for measure in measures]
-        texts = ["undefined" if v is None else f"{v:.{FACTS[m][2]}f}" for m, v in zip(measures, cells, strict=True)]
+        texts = ["undefined" if v is None else MEASURES[m].text(v) for m, v in zip(measures, cells, strict=True)]
         rows.append([(f"{record['scene']}, {record['method']}", False), *((text, False) for text in texts)])
     return _html_table(["scene, method", *(_heading(measure, found["bands"]) for measure in measures)], rows)
 
@@ -388,7 +387,7 @@ def _write(target: Path, text: str) -> None:
 def write(folder: Path, found: Mapping[str, Any]) -> None:
     """results.json, scenes.csv, summary.md and report.html (and shift.png) in `folder`."""
     _write(folder / "results.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
-    measures = [measure for measure in FACTS if any(measure in r["values"] for r in found["scenes"])]
+    measures = [measure for measure in MEASURES if any(measure in r["values"] for r in found["scenes"])]
     with open(folder / "scenes.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["protocol", "scene", "shift_y", "shift_x", "method", "seconds", *measures])

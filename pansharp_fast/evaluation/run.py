@@ -2,139 +2,49 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
 import json
 import math
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__, metrics
+from .. import __version__
 from ..baselines import BASELINES
 from ..data import Sensor, get_sensor
-from ..data.grid import RATIO
 from ..files import check_folder
-from ..metrics._common import prepare
-from ..metrics.reduced import gradient
+from ..metrics.measures import FULL, MEASURES, REDUCED, SHIFTED, Result
 from ..options import precision as precision_name
 from . import pictures, report
+from .methods import off_and_auto, parse
 from .published import PUBLISHED, recognise
 from .scenes import PROTOCOLS, Hdf5Source, RasterSource, Scene, Source
 
 if TYPE_CHECKING:
     from ..diffusion import Sampling
 
-Method = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-#: Measures against a ground truth, in the order of the tables.
-MEASURES = {
-    "reduced": ("PSNR", "SSIM", "SAM", "ERGAS", "SCC", "Q", "Q2n"),
-    "shift": ("PSNR", "SAM", "ERGAS", "SCC", "Q2n", "sharpness"),
-}
 #: Shifts of the shift test, in pixels of the PAN that methods see.
-SHIFTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+SHIFTS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+#: What each kind of task measures, and the frame in which its results are compared.
+MEASURED = {"reduced": REDUCED, "shift": SHIFTED, "full": FULL}
+FRAMES = {"reduced": "ms", "shift": "ms", "full": "pan"}
+#: Files in the folder of an evaluation, its pictures apart.
+FILES = ("settings.json", "records.jsonl", "results.json", "scenes.csv", "summary.md", "report.html", "shift.png")
 
 
-def _reduced(
-    fused: torch.Tensor, scene: Scene, peak: float, cut: int, wanted: Sequence[str]
-) -> dict[str, torch.Tensor]:
-    gt = scene.gt
-    assert gt is not None
-
-    def sharpness() -> torch.Tensor:
-        strengths = [gradient(image)[..., 1:-1, 1:-1].mean() for image in prepare(fused, gt, cut)]
-        return strengths[0] / strengths[1]
-
-    measures: dict[str, Callable[[], torch.Tensor]] = {
-        "PSNR": lambda: metrics.psnr(fused, gt, peak, cut),
-        "SSIM": lambda: metrics.ssim(fused, gt, peak, cut),
-        "SAM": lambda: metrics.sam(fused, gt, cut),
-        "ERGAS": lambda: metrics.ergas(fused, gt, cut=cut),
-        "SCC": lambda: metrics.scc(fused, gt, cut),
-        "Q": lambda: metrics.q(fused, gt, cut),
-        "Q2n": lambda: metrics.q2n(fused, gt, cut),
-        "sharpness": sharpness,
-    }
-    return {name: measures[name]() for name in wanted}
-
-
-def _full(fused: torch.Tensor, scene: Scene, sensor: Sensor) -> dict[str, torch.Tensor]:
-    spectral, spatial = metrics.d_lambda_k(fused, scene.ms, sensor), metrics.d_s(fused, scene.ms, scene.pan)
-    original = metrics.d_lambda(fused, scene.ms)
-    return {
-        "D_lambda_K": spectral,
-        "D_s": spatial,
-        "HQNR": (1 - spectral) * (1 - spatial),
-        "D_lambda": original,
-        "QNR": (1 - original) * (1 - spatial),
-    }
-
-
-def _weights_file(name: str) -> Path:
-    from ..models.checkpoint import WEIGHTS
-
-    path = Path(name)
-    return path if path.suffix or path.exists() else WEIGHTS / f"{name}.safetensors"
-
-
-def _baseline(name: str, sensor: Sensor) -> Method:
-    return lambda pan, ms: BASELINES[name](pan, ms, sensor)
-
-
-def _model(name: str, bands: int, options: dict[str, Any]) -> Method:
-    from ..inference import sharpen
-    from ..models import load_model
-
-    # float64 in and out: nothing is rounded beyond the network's own float32.
-    model = load_model(name, bands=bands)
-    return lambda pan, ms: sharpen(pan, ms, weights=model, phase=RATIO / 2, register="off", **options)
-
-
-def _methods(
-    models: Sequence[str],
-    baselines: Sequence[str],
-    sensor: Sensor,
-    peak: float,
-    bands: int,
-    sampling: Sampling | None,
-    **options: Any,
-) -> dict[str, tuple[str, Callable[[], Method]]]:
-    """Label -> (identity, maker of the method); networks are loaded only when they are needed."""
-    found: dict[str, tuple[str, Callable[[], Method]]] = {}
-    for name in baselines:
-        if name not in BASELINES:
-            raise ValueError(f"baselines: expected all or some of {', '.join(BASELINES)}, got {name!r}")
-        found[name] = (f"{name} {__version__}", functools.partial(_baseline, name, sensor))
-    samples = False
-    for name in models:
-        from ..models import FSAStudent, FSATeacher, load_model
-
-        path = _weights_file(name)
-        label = path.stem
-        if label in found:
-            raise ValueError(f"model: expected files of different names, got {label} twice")
-        model = load_model(name, bands=bands)  # says at once what does not fit
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        identity, given = f"{label} {digest} {options['precision']}", {"peak": peak, **options}
-        if isinstance(model, FSAStudent | FSATeacher):
-            from ..diffusion import Sampling
-
-            samples, given["sampling"] = True, sampling or Sampling()
-            values = dataclasses.asdict(given["sampling"])
-            identity += "".join(f" {key}={values[key]}" for key in ("steps", "sampler", "samples", "seed"))
-        found[label] = (identity, functools.partial(_model, name, bands, given))
-    if sampling is not None and not samples:
-        raise ValueError("steps, sampler, samples, seed: expected a diffusion model to use them, got none")
-    if not found:
-        raise ValueError("model, baselines: expected at least one method, got none")
-    return found
+def measure(fused: torch.Tensor, scene: Scene, task: str, peak: float, cut: int) -> dict[str, float | None]:
+    """The measures of a task; None where one is undefined or infinite: JSON has neither."""
+    known: dict[str, Any] = {"sensor": scene.sensor, "ratio": scene.ratio, "phase": scene.phase, "peak": peak}
+    if task == "full":
+        d = scene.registration[0].d
+        result = Result(fused, scene.pan, scene.ms, d=d, reference=scene.reference, **known)
+    else:
+        result = Result(fused, scene.pan, scene.ms, gt=scene.gt, cut=cut, **known)
+    values = {name: float(MEASURES[name].function(result)) for name in MEASURED[task]}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
@@ -146,12 +56,6 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     if complete != text:
         path.write_text(complete)
     return [json.loads(line) for line in complete.splitlines()]
-
-
-def _number(value: torch.Tensor) -> float | None:
-    """None where a measure is undefined or infinite: JSON has neither."""
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 def _tasks(
@@ -170,12 +74,14 @@ def _tasks(
 def evaluate(
     out: str | os.PathLike[str],
     *,
-    sensor: str | Sensor,
+    sensor: str | Sensor | None = None,
     data: str | os.PathLike[str] | None = None,
     pan: str | os.PathLike[str] | None = None,
     ms: str | os.PathLike[str] | None = None,
-    models: Sequence[str] = (),
+    weights: Sequence[str] = (),
     baselines: Sequence[str] = ("EXP",),
+    methods: Sequence[str] = (),
+    bands: Sequence[int | str] | None = None,
     protocols: Sequence[str] | None = None,
     peak: float | None = None,
     cut: int = 21,
@@ -199,11 +105,16 @@ def evaluate(
 
     Args:
         out: folder; made if need be.
-        sensor: gives MTF gains, peak and the bands shown as red, green, blue. Never guessed.
+        sensor: gives MTF gains, peak and the bands shown as red, green, blue. None is the one that the file names in
+            its attribute `sensor`, else "default", of 16 bits.
         data: PanCollection HDF5 file.
         pan, ms: anything rasterio opens; cut into crops, which count as scenes.
-        models: names of shipped weights, or checkpoint files.
-        baselines: some of `pansharp_fast.baselines.BASELINES`.
+        weights: names of shipped weights, or checkpoint files; networks as they are, nothing registered.
+        baselines: some of `pansharp_fast.baselines.BASELINES`, the textbook's methods.
+        methods: further ones, `[registered ]NAME[ + N|auto]`: NAME is a classical method (alone: the textbook's),
+            shipped weights or a checkpoint file; with `registered` bands are laid on PAN first; N, or auto, steps of
+            back-projection follow. At reduced resolution every method is scored in MS's frame.
+        bands: of the data, by the sensor's names or by numbers from 1; None is all.
         protocols: some of "reduced" (Wald protocol where the data has no ground truth) and "full"; None is what the
             data offers: reduced for HDF5 files with ground truth, full for those without, both for rasters.
         peak: largest digital number, over the sensor's own.
@@ -228,88 +139,89 @@ def evaluate(
         ValueError: an argument is out of its range, or `out` holds results of other settings.
         OSError: a file cannot be read or written.
     """
-    sensor = get_sensor(sensor)
-    peak = float(sensor.peak if peak is None else peak)
     if published not in (None, "none", *PUBLISHED):
         raise ValueError(f"published: expected none or one of {', '.join(PUBLISHED)}, got {published!r}")
-    source: Source
-    if data is not None and pan is None and ms is None:
-        source = Hdf5Source(data)
-    elif data is None and pan is not None and ms is not None:
-        source = RasterSource(pan, ms, crop, nodata)
-    else:
-        raise ValueError("data, pan, ms: expected either data or both pan and ms, got something else")
+    for name in baselines:
+        if name not in BASELINES:
+            raise ValueError(f"baselines: expected all or some of {', '.join(BASELINES)}, got {name!r}")
+    source, sensor, peak = _open(data, pan, ms, crop, nodata, bands, sensor, peak)
     with source:
         protocols = tuple(protocols or source.default)
         for protocol in protocols:
             if protocol not in PROTOCOLS:
                 raise ValueError(f"protocols: expected some of {', '.join(PROTOCOLS)}, got {protocol!r}")
-        sensor.gains(source.bands)
-        options = {"device": device, "precision": precision_name(precision)}
-        methods = _methods(models, baselines, sensor, peak, source.bands, sampling, **options)
+        options = {"device": device, "precision": precision_name(precision), "peak": peak}
+        chosen = parse([*baselines, *methods, *weights], source.bands, options, sampling)
+        if not chosen:
+            raise ValueError("weights, baselines, methods: expected at least one method, got none")
+        shifted = {method.label: method for method in off_and_auto(list(chosen.values()))}
+        phases = {name: source.phase("full" if name == "full" else "reduced") for name in MEASURED}
+        identities = {
+            (task, label): method.identity(FRAMES[task], phases[task], source.ratio)
+            for task in MEASURED
+            for label, method in (shifted if task == "shift" else chosen).items()
+        }
         folder = Path(out)
         settings = {
             **source.facts,
             "sensor": sensor.name,
+            "ratio": source.ratio,
             "MTF gains at Nyquist": list(sensor.gains(source.bands)),
             "peak": peak,
             "border cut at reduced resolution": cut,
             "version": __version__,
         }
-        inputs = {name: [path] for name, path in (("data", data), ("pan", pan), ("ms", ms)) if path is not None}
-        check_folder("out", folder, FILES, inputs | {"model": [str(model) for model in models]})
+        inputs: dict[str, Any] = {
+            name: [path] for name, path in (("data", data), ("pan", pan), ("ms", ms)) if path is not None
+        }
+        inputs["weights"] = [method.file for method in chosen.values() if method.file is not None]
+        check_folder("out", folder, FILES, inputs)
         _claim(folder, settings, overwrite)
         records = _read_records(folder / "records.jsonl")
         done = {(r["protocol"], r["scene"], tuple(r["shift"]), r["identity"]) for r in records}
-        tasks = list(_tasks(source, protocols, max_scenes, shift_scenes))
-        total, count = len(tasks) * len(methods), 0
-        loaded: dict[str, Method] = {}
+        tasks = [
+            (task, index, name, by, label, method)
+            for task, index, name, by in _tasks(source, protocols, max_scenes, shift_scenes)
+            for label, method in (shifted if task == "shift" else chosen).items()
+        ]
+        last: tuple[Any, Scene | None] = (None, None)
         with open(folder / "records.jsonl", "a", encoding="utf-8") as log:
-            for protocol, index, name, by in tasks:
-                scene: Scene | None = None
-                shown = protocol != "shift" and index < pictures_of
-                for label, (identity, make) in methods.items():
-                    key = (protocol, name, by, identity)
-                    stem = folder / "pictures" / f"{protocol}-{index:03d}"
-                    if key not in done or (shown and not pictures.exist(stem, label)):
-                        if scene is None:
-                            scene = source.read("reduced" if protocol == "shift" else protocol, index, sensor, by)
-                            if shown:
-                                pictures.reference(stem, scene, sensor.rgb)
-                        if label not in loaded:
-                            loaded[label] = make()
-                        fused, seconds = _run(loaded[label], scene, index)
-                        if protocol == "full":
-                            values = _full(fused, scene, sensor)
-                        else:
-                            values = _reduced(fused, scene, peak, cut, MEASURES[protocol])
+            for count, (task, index, name, by, label, method) in enumerate(tasks, 1):
+                identity = identities[task, label]
+                shown = task != "shift" and index < pictures_of
+                key, stem = (task, name, by, identity), folder / "pictures" / f"{task}-{index:03d}"
+                if key not in done or (shown and not pictures.exist(stem, label)):
+                    where, scene = last
+                    if scene is None or where != (task, name, by):
+                        scene = source.read("full" if task == "full" else "reduced", index, sensor, by)
+                        last = (task, name, by), scene
                         if shown:
-                            pictures.result(stem, label, fused, scene, sensor.rgb)
+                            pictures.reference(stem, scene, sensor.rgb)
+                    with torch.random.fork_rng():
+                        torch.manual_seed(index)  # what a method draws depends on the scene alone
+                        fused, seconds = method.run(scene, FRAMES[task])
+                    if shown:
+                        pictures.result(stem, label, fused, scene, sensor.rgb)
+                    if key not in done:
                         record = {
-                            "protocol": protocol,
+                            "protocol": task,
                             "scene": name,
                             "shift": by,
                             "method": label,
                             "identity": identity,
                             "seconds": seconds,
-                            "values": {measure: _number(value) for measure, value in values.items()},
+                            "values": measure(fused, scene, task, peak, cut),
                         }
-                        if key not in done:
-                            records.append(record)
-                            log.write(json.dumps(record) + "\n")
-                            log.flush()
-                    count += 1
-                    if progress is not None:
-                        progress(count, total)
-        wanted = {
-            (protocol, name, by, label): identity
-            for protocol, _, name, by in tasks
-            for label, (identity, _) in methods.items()
-        }
+                        records.append(record)
+                        log.write(json.dumps(record) + "\n")
+                        log.flush()
+                if progress is not None:
+                    progress(count, len(tasks))
+        asked_for = {(task, name, by, label): identities[task, label] for task, _, name, by, label, _ in tasks}
         records = [
             r
             for r in records
-            if wanted.get((r["protocol"], r["scene"], tuple(r["shift"]), r["method"])) == r["identity"]
+            if asked_for.get((r["protocol"], r["scene"], tuple(r["shift"]), r["method"])) == r["identity"]
         ]
         known = {
             protocol: recognise(sensor.name, protocol, len(source.scenes(protocol)), _side(source, protocol))
@@ -324,15 +236,35 @@ def evaluate(
             "torch": torch.__version__,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"
             + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
-            "methods": {label: identity for label, (identity, _) in methods.items()},
+            "methods": {label: identities[protocols[0], label] for label in chosen},
         }
-        results = report.results(records, list(methods), settings, source.bands, asked, asked == known)
+        results = report.results(records, list(chosen), settings, source.bands, asked, asked == known)
     report.write(folder, results)
     return results
 
 
-#: Files in the folder of an evaluation, its pictures apart.
-FILES = ("settings.json", "records.jsonl", "results.json", "scenes.csv", "summary.md", "report.html", "shift.png")
+def _open(
+    data: Any, pan: Any, ms: Any, crop: int | None, nodata: float | None, bands: Any, sensor: Any, peak: float | None
+) -> tuple[Source, Sensor, float]:
+    """The data, the sensor of the chosen bands and the peak: those asked for, else what the data says."""
+    known = None if sensor is None else get_sensor(sensor)
+    if (data is None) == (pan is None or ms is None) or (data is not None and (pan is not None or ms is not None)):
+        raise ValueError("data, pan, ms: expected either data or both pan and ms, got something else")
+    if bands is not None and known is None and data is not None:
+        with Hdf5Source(data) as whole:
+            known = get_sensor(whole.sensor or "default")
+    numbers = None if bands is None else (known or get_sensor("default")).numbers(bands)
+    source: Source = Hdf5Source(data, numbers) if data is not None else RasterSource(pan, ms, crop, nodata, numbers)
+    try:
+        if known is None:
+            known = get_sensor(source.sensor or "default")
+            peak = source.peak if peak is None else peak
+        chosen = known if numbers is None else known.select(numbers)
+        chosen.gains(source.bands)
+    except ValueError:
+        source.__exit__(None, None, None)
+        raise
+    return source, chosen, float(chosen.peak if peak is None else peak)
 
 
 def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
@@ -349,15 +281,6 @@ def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     mark.write_text(text)
 
 
-def _run(method: Method, scene: Scene, index: int) -> tuple[torch.Tensor, float]:
-    """Result and seconds; random numbers, where a method draws some, depend on the scene alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(index)
-        start = time.perf_counter()
-        fused = method(scene.pan, scene.ms).cpu()
-        return fused.double(), time.perf_counter() - start
-
-
 def _side(source: Source, protocol: str) -> int:
-    height, width = source.original(protocol, 0).pan.shape[-2:]
+    height, width = source.original(protocol, 0)[0].shape[-2:]
     return height if height == width else 0

@@ -30,6 +30,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader, DatasetWriter, MemoryFile
 from rasterio.windows import Window
 
+from .. import pictures
 from ..data.sources import source_files
 from ..files import check_distinct, check_target, move, work_folder
 
@@ -38,7 +39,6 @@ PREVIEWS = (".png", ".jpg", ".jpeg")
 PREVIEW_SIDE = 1024
 #: Side of a file's blocks, at most.
 BLOCK = 512
-GAMMA = 0.7
 
 
 class Source(Protocol):
@@ -440,37 +440,11 @@ def ungeoreferenced() -> Iterator[None]:
         yield
 
 
-def natural_colours(dataset: DatasetReader) -> tuple[int, int, int]:
-    """Bands (from 1) to show as red, green and blue: by description, else by the usual order of 4 or 8 bands."""
-    names = [(name or "").strip().lower() for name in dataset.descriptions]
-    if {"red", "green", "blue"} <= set(names):
-        return names.index("red") + 1, names.index("green") + 1, names.index("blue") + 1
-    if dataset.count >= 8:
-        return 5, 3, 2
-    return (3, 2, 1) if dataset.count >= 3 else (1, 1, 1)
-
-
-def percentiles(image: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """2nd and 98th percentile of each band of [C,H,W] over the valid pixels, of which there must be some: [2,C]."""
-    return np.percentile(image[:, valid], (2, 98), axis=1)
-
-
-def stretch(image: NDArray[np.float32], valid: NDArray[np.bool_], limits: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """[C,H,W] as 8 bits, each band's two `limits` [2,C] at 0 and 255, dark tones lifted; invalid pixels are black."""
-    low, high = limits[..., None, None]
-    scaled = ((image - low) / np.maximum(high - low, 1e-6)).clip(0, 1) ** GAMMA * 255
-    return np.where(valid, scaled, 0).round().astype(np.uint8)
-
-
 def write_preview(dataset: DatasetReader, path: Path) -> None:
     """Write a picture of at most 1024 pixels a side in natural colours, PNG or JPEG by the suffix of `path`."""
-    from matplotlib.image import imsave
-
     scale = min(1.0, PREVIEW_SIDE / max(dataset.shape))
     shape = max(1, round(dataset.height * scale)), max(1, round(dataset.width * scale))
-    bands = natural_colours(dataset)
+    bands = [band + 1 for band in pictures.natural_colours(dataset.descriptions)]
     image = dataset.read(bands, out_shape=(3, *shape), resampling=Resampling.average).astype(np.float32)
-    valid = dataset.read_masks(bands[0], out_shape=shape) != 0
-    if valid.any():  # a small share of pixels with data may vanish in the reduced picture
-        image = stretch(image, valid, percentiles(image, valid))
-    imsave(path, np.ascontiguousarray(image.transpose(1, 2, 0).astype(np.uint8)))
+    valid = dataset.read_masks(bands[0], out_shape=shape) != 0  # a small share of pixels with data may vanish in it
+    pictures.write(path, pictures.stretch(image, pictures.limits(image, valid), valid))

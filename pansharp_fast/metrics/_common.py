@@ -1,11 +1,47 @@
-"""What the metrics share: checks, float64, the Q index of non-overlapping blocks."""
+"""What the metrics share: NumPy arrays, checks, float64, the Q index of non-overlapping blocks."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
 import torch
 
 #: Side of the blocks and windows of Q, Q2n, D_lambda and D_s in the DLPan toolbox and both papers.
 BLOCK = 32
+
+Metric = TypeVar("Metric", bound=Callable[..., Any])
+
+
+def takes_arrays(metric: Metric) -> Metric:
+    """`metric`, a function of tensors, for NumPy arrays too: images in, values out."""
+
+    @functools.wraps(metric)
+    def wrapped(*args: Any, **options: Any) -> Any:
+        # A displacement may be either, whatever the images are.
+        given = [*args, *(value for name, value in options.items() if name != "d")]
+        arrays = [value for value in given if isinstance(value, np.ndarray)]
+        if not arrays:
+            return metric(*args, **options)
+        if any(isinstance(value, torch.Tensor) for value in given):
+            raise TypeError("images: expected all NumPy arrays or all tensors, got both")
+        for array in arrays:
+            if array.dtype.kind not in "iuf":
+                raise TypeError(f"images: expected integers or real numbers, got {array.dtype}")
+
+        def tensor(value: Any) -> Any:
+            return torch.from_numpy(value.astype(np.float64)) if isinstance(value, np.ndarray) else value
+
+        return metric(*map(tensor, args), **{name: tensor(value) for name, value in options.items()}).numpy()
+
+    return cast(Metric, wrapped)
+
+
+def displacement(d: Any) -> torch.Tensor | None:
+    """`d`, anything that holds [C, 2] or [B, C, 2] numbers, as a tensor."""
+    return None if d is None else torch.as_tensor(np.asarray(d, dtype=np.float64))
 
 
 def prepare(fused: torch.Tensor, gt: torch.Tensor, cut: int = 0, names: str = "fused, gt") -> list[torch.Tensor]:

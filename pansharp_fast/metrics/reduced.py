@@ -1,9 +1,9 @@
 """Reduced resolution: quality of a fused image against its ground truth.
 
-Every function takes [B, C, H, W] in digital numbers, on any device and of any dtype, computes in float64 and returns
-one value per image, [B]. A NaN pixel makes an image's value NaN. `cut` leaves a border out (`prepare`); the papers'
-tables take 21. PSNR and SSIM are those that the papers' numbers match; the rest follow the DLPan toolbox (G. Vivone et
-al., IEEE GRSM 2021).
+Every function takes [B, C, H, W] in digital numbers, NumPy arrays or tensors on any device and of any dtype, computes
+in float64 and returns one value per image, [B]. A NaN pixel makes an image's value NaN. `cut` leaves a border out
+(`prepare`); the papers' tables take 21. PSNR and SSIM are those that the papers' numbers match; the rest follow the
+DLPan toolbox (G. Vivone et al., IEEE GRSM 2021).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ._common import BLOCK, blocks, prepare
+from ._common import BLOCK, blocks, prepare, takes_arrays
 
 
+@takes_arrays
 def psnr(fused: torch.Tensor, gt: torch.Tensor, peak: float, cut: int = 0) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB from one mean squared error over all bands and pixels; infinite if equal.
 
@@ -33,6 +34,7 @@ def _check_peak(peak: float) -> None:
         raise ValueError(f"peak: expected a number above 0, got {peak}")
 
 
+@takes_arrays
 def ssim(fused: torch.Tensor, gt: torch.Tensor, peak: float, cut: int = 0) -> torch.Tensor:
     """Structural similarity: Gaussian window of 11 x 11 pixels, sigma 1.5, population variances, mean over bands.
 
@@ -66,6 +68,7 @@ def ssim(fused: torch.Tensor, gt: torch.Tensor, peak: float, cut: int = 0) -> to
     return (similarity / ((mean_f**2 + mean_g**2 + c1) * (var_f + var_g + c2))).mean((1, 2, 3))
 
 
+@takes_arrays
 def sam(fused: torch.Tensor, gt: torch.Tensor, cut: int = 0) -> torch.Tensor:
     """Spectral angle in degrees, mean over the pixels where neither spectrum is zero; NaN where there are none.
 
@@ -81,6 +84,7 @@ def sam(fused: torch.Tensor, gt: torch.Tensor, cut: int = 0) -> torch.Tensor:
     return torch.rad2deg(torch.where(used, angle, 0).sum((1, 2)) / used.sum((1, 2)))
 
 
+@takes_arrays
 def ergas(fused: torch.Tensor, gt: torch.Tensor, ratio: float = 4, cut: int = 0) -> torch.Tensor:
     """Relative dimensionless global error of synthesis, (100/ratio)*sqrt(mean_b(MSE_b / mean(gt_b)^2)).
 
@@ -105,6 +109,7 @@ def gradient(x: torch.Tensor) -> torch.Tensor:
     return torch.sqrt(dx**2 + dy**2)
 
 
+@takes_arrays
 def scc(fused: torch.Tensor, gt: torch.Tensor, cut: int = 0) -> torch.Tensor:
     """Spatial correlation: cosine between the Sobel gradient magnitudes of all bands together.
 
@@ -121,6 +126,7 @@ def scc(fused: torch.Tensor, gt: torch.Tensor, cut: int = 0) -> torch.Tensor:
     return (f * g).sum(over) / (f.square().sum(over).sqrt() * g.square().sum(over).sqrt())
 
 
+@takes_arrays
 def q(fused: torch.Tensor, gt: torch.Tensor, cut: int = 0) -> torch.Tensor:
     """Universal quality index over sliding 32 x 32 windows, mean over positions and bands; NaN under 32 pixels.
 
@@ -171,6 +177,7 @@ def _product_table(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (signs(size) * conj).double(), index[:, None] ^ index
 
 
+@takes_arrays
 def q2n(fused: torch.Tensor, gt: torch.Tensor, cut: int = 0) -> torch.Tensor:
     """Q2n index for any number of bands (Q4, Q8): hypercomplex quality, mean over 32 x 32 blocks.
 

@@ -136,6 +136,20 @@ def _compare(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.T
             raise ValueError(f"{name}: expected {shapes[0] or 'none'}, got {shapes[1] or 'none'}")
 
 
+def find_weights(path_or_name: str | os.PathLike[str]) -> Path:
+    """The file that `load_model` reads.
+
+    Raises:
+        CheckpointError: a name without suffix is neither a file nor one of `available_weights()`.
+    """
+    path = Path(path_or_name)
+    if path.suffix or path.is_file():  # a folder of that name beside the caller does not hide the weights
+        return path
+    if str(path_or_name) not in available_weights():
+        raise CheckpointError(f"weights: expected a file or one of {available_weights()}, got {str(path_or_name)!r}")
+    return WEIGHTS / f"{path_or_name}.safetensors"
+
+
 def load_model(
     path_or_name: str | os.PathLike[str], *, bands: int | None = None, device: torch.device | str = "cpu"
 ) -> Any:
@@ -150,13 +164,7 @@ def load_model(
         CheckpointError: no such weights, a damaged or pickled file, unknown architecture, tensors that do not fit the
             configuration, or another number of bands.
     """
-    path = Path(path_or_name)
-    if not path.suffix and not path.is_file():  # a folder of that name beside the caller does not hide the weights
-        if str(path_or_name) not in available_weights():
-            raise CheckpointError(
-                f"weights: expected a file or one of {available_weights()}, got {str(path_or_name)!r}"
-            )
-        path = WEIGHTS / f"{path_or_name}.safetensors"
+    path = find_weights(path_or_name)
     architecture, config, _, tensors = read_checkpoint(path)
     if architecture not in ARCHITECTURES:
         raise CheckpointError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import pictures
 from .config import TrainConfig
 
 logger = logging.getLogger("pansharp_fast")
@@ -56,9 +57,8 @@ def preview(images: tuple[Tensor, Tensor, Tensor], rgb: tuple[int, int, int]) ->
     """MS (nearest neighbour), result and reference [C, H, W] side by side: [3, H, 3 W] in [0, 1], stretched alike."""
     ms, fused, gt = (image.float().cpu()[list(rgb)] for image in images)
     ms = ms.repeat_interleave(gt.shape[1] // ms.shape[1], 1).repeat_interleave(gt.shape[2] // ms.shape[2], 2)
-    levels = torch.quantile(gt.flatten(1), torch.tensor([0.01, 0.99]), dim=1)
-    low, high = levels[0, :, None, None], levels[1, :, None, None]
-    return ((torch.cat([ms, fused, gt], 2) - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+    shown = pictures.limits(gt.numpy())
+    return torch.from_numpy(pictures.stretch(torch.cat([ms, fused, gt], 2).numpy(), shown)).float()
 
 
 class Logs:

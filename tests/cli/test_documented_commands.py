@@ -37,7 +37,7 @@ def test_documented_command_is_taken(line):
 
 def test_a_wrong_command_would_be_noticed():
     for line in (
-        "evaluate --weights a --out b --sensor QB",
+        "evaluate --model a --out b --sensor QB",
         "train nothing",
         "sharpen a b c --precision int4",
         "nothing",

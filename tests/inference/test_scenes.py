@@ -11,8 +11,8 @@ from rasterio.enums import ColorInterp
 from rasterio.windows import Window
 
 import pansharp_fast
+from pansharp_fast.demo import SCENES
 from pansharp_fast.inference import sharpen_scene
-from pansharp_fast.inference.demo import SCENES
 
 from .conftest import GRID, NAMES
 from .local_model import LocalModel

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pansharp_fast import metrics
-from pansharp_fast.data import interp23
+from pansharp_fast.data import get_sensor, interp23
+from pansharp_fast.data.observation import blur, observe
 from pansharp_fast.metrics.reduced import _product_table
 
 REDUCED = {"Q2n": "q2n", "Q_avg": "q", "SAM": "sam", "ERGAS": "ergas", "SCC": "scc"}
@@ -331,3 +332,79 @@ def test_flat_and_nan_images_are_undefined(scene):
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.rand(1, 4, 32, 48))
+
+
+# ---- registered ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ratio", "phase"), [(4, 1.5), (4, 2), (2, 0), (3, 1), (6, (2.5, 3))])
+def test_registered_measures_know_displacement_and_phase(ratio, phase):
+    """An image, moved and sampled by the model of observation, is its own MS; nothing else is."""
+    d = torch.tensor([[2.2, -2.1], [0.4, 1.3], [-1.7, 0.6], [0.0, 3.0]])
+    rng = torch.Generator().manual_seed(5)
+    scene = blur(torch.rand(2, 4, 192, 192, generator=rng, dtype=torch.float64) * 2000, 1.0)
+    options = {"gains": (0.34, 0.32, 0.30, 0.22), "ratio": ratio, "phase": phase, "d": d}
+    ms = observe(scene, (192 // ratio, 192 // ratio), **options)
+    pan = scene.mean(1, keepdim=True)
+    values = {}
+    for name, given in {"right": d, "none": None, "off": d + ratio / 3}.items():
+        known = {"phase": phase, "d": given}
+        values[name] = [
+            metrics.consistency(scene, ms, "QB", ratio, **known, cut=2),
+            metrics.d_lambda_k(scene, ms, "QB", ratio, **known),
+            metrics.d_s(scene, ms, pan, ratio, **known),
+        ]
+    assert values["right"][0].max() < 1e-12
+    for k in (0, 1):
+        assert (values["right"][k] < 0.5 * values["none"][k]).all()
+        assert (values["right"][k] < 0.5 * values["off"][k]).all()
+    product = (1 - values["right"][1]) * (1 - values["right"][2])
+    torch.testing.assert_close(metrics.hqnr(scene, ms, pan, "QB", ratio, phase=phase, d=d.tolist()), product)
+    per_image = metrics.d_lambda_k(scene, ms, "QB", ratio, phase=phase, d=d.expand(2, 4, 2).numpy())
+    torch.testing.assert_close(per_image, values["right"][1])
+
+
+def test_registered_at_the_toolbox_s_phase_without_displacement_is_the_textbook(scene):
+    _, ms, pan = scene
+    smooth = interp23(ms)
+    known = metrics.d_lambda_k(smooth, ms, "QB", phase=2)
+    assert (known - metrics.d_lambda_k(smooth, ms, "QB")).abs().max() < 0.01  # borders and a sum of .999 differ
+    values = metrics.d_s(smooth, ms, pan, phase=2), metrics.d_s(smooth, ms, pan)
+    assert (values[0] - values[1]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("bands", [("Blue", "green", "RED", "nir1"), (2, 3, 5, 7), ("blue", 3, 5, "NIR1")])
+def test_band_subsets(scene, bands):
+    fused, ms, pan = scene
+    part = get_sensor("WV3").select([2, 3, 5, 7])
+    assert part.band_names == ("blue", "green", "red", "NIR1")
+    assert part.mtf_ms == (0.355, 0.36, 0.365, 0.335)
+    assert part.rgb == (2, 1, 0)
+    for options in ({}, {"phase": 1.5}):
+        torch.testing.assert_close(
+            metrics.d_lambda_k(fused, ms, "WV3", bands=bands, **options),
+            metrics.d_lambda_k(fused, ms, part, **options),
+            rtol=0,
+            atol=0,
+        )
+        torch.testing.assert_close(
+            metrics.hqnr(fused, ms, pan, "WV3", bands=bands, **options),
+            metrics.hqnr(fused, ms, pan, part, **options),
+            rtol=0,
+            atol=0,
+        )
+
+
+@pytest.mark.parametrize(
+    ("bands", "message"),
+    [
+        (("blue", "purple"), "bands: expected some of coastal, blue, .* or numbers from 1, got 'purple'"),
+        ((0,), "bands: expected some of coastal, .*, got 0"),
+        ((9,), "bands: expected some of coastal, .*, got 9"),
+        ((), "bands: expected at least one, got none"),
+        ((1, 2, 3), "sensor WV3: expected 3 bands, got 4"),
+    ],
+)
+def test_bad_bands(scene, bands, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.d_lambda_k(scene[0], scene[1], "WV3", bands=bands)
