@@ -5,6 +5,7 @@ from .condition import Condition
 from .fsa import FSAConfig, FSAStudent, FSATeacher, Prediction
 from .pancrafter import PRESETS, PANCrafter, PANCrafterConfig, preset
 from .prior import PriorConfig, PriorNet
+from .universal import Universal, UniversalConfig
 
 __all__ = [
     "PRESETS",
@@ -18,6 +19,8 @@ __all__ = [
     "Prediction",
     "PriorConfig",
     "PriorNet",
+    "Universal",
+    "UniversalConfig",
     "available_weights",
     "load_model",
     "preset",

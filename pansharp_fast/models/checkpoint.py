@@ -17,9 +17,10 @@ from ..files import atomic
 from ..options import shortened
 
 #: Architecture name -> (module, model class). A model class has `architecture` and `config_class`, a model `config`;
-#: a configuration has `bands`, `to_dict()` and takes its fields as keyword arguments.
+#: a configuration has `bands` (None: any number), `to_dict()` and takes its fields as keyword arguments.
 ARCHITECTURES: dict[str, tuple[str, str]] = {
     "pancrafter": ("pansharp_fast.models.pancrafter", "PANCrafter"),
+    "universal": ("pansharp_fast.models.universal", "Universal"),
     "uknow-prior": ("pansharp_fast.models.prior", "PriorNet"),
     "uknow-teacher": ("pansharp_fast.models.fsa", "FSATeacher"),
     "uknow-student": ("pansharp_fast.models.fsa", "FSAStudent"),
@@ -184,7 +185,7 @@ def load_model(
         raise CheckpointError(
             f"weights: expected tensors that fit the configuration, got {path} ({shortened(error)})"
         ) from None
-    if bands is not None and model.config.bands != bands:
+    if bands is not None and model.config.bands not in (bands, None):
         raise CheckpointError(
             f"weights: expected a model for {bands} bands, got one for {model.config.bands} in {path}"
         )

@@ -1,0 +1,431 @@
+"""`universal`: one set of weights for any bands and ratios; a gate among classical estimates plus a residual.
+
+PAN-Crafter's parts (ICCV 2025, arXiv 2505.23367) in another frame: bands are a batch with shared weights, and a trunk
+at a quarter of PAN's resolution, with one CM3A block, sees PAN and a summary of the bands that does not know their order.
+Everything is computed in standardised units of the scene, so that neither the scale nor the offset of PAN or of a band
+matters. A fresh network gives BT-H on registered bands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.observation import aligned_phase, both, observe, upsample
+from ..nn.cm3a import CM3A
+from ..nn.convolution import Conv3x3, LayerNorm, mlp
+
+#: Planes of `Inputs.details`, BT-H first; the last one is what one step of back-projection changes in BT-H.
+DETAILS = ("BT-H", "MTF-GLP-HPM-H", "MTF-GLP-FS", "GLP with local slopes", "back-projection")
+#: Numbers of a band that hold for the whole scene, see `Inputs.facts`.
+FACTS = 6
+#: MTF of PAN at MS's Nyquist frequency where PAN is compared with MS as it stands; the toolbox's default.
+PAN_GAIN = 0.15
+#: Standard deviation, in MS pixels, of the windows of local slopes; pull of local slopes to the scene's.
+_WINDOW, _PULL = 2.0, 0.05
+#: Least intensity above haze that detail is divided by, in standard deviations of the intensity.
+_FLOOR = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What the network must know of a whole scene; float64 tensors, one row an image.
+
+    Attributes:
+        ms_mean, ms_std: [B, C], of the registered MS bands.
+        pan_mean, pan_std: [B, 1], of PAN at MS's resolution.
+        detail: [B, 1], root mean square of what PAN holds beyond MS's resolution, over pan_std.
+        weights: [B, C], regression of PAN on registered bands, everything standardised.
+        spread: [B, 1], standard deviation of the regression's value, PAN standardised: their correlation.
+        haze: [B, C], smallest value of each band, standardised. haze_pan: [B, 1], the regression's value there.
+        slope, correlation: [B, C], of each standardised band on PAN seen by that band's sensor.
+        blurred: [B, C], standard deviation of PAN seen by that band's sensor, over pan_std.
+    """
+
+    ms_mean: Tensor
+    ms_std: Tensor
+    pan_mean: Tensor
+    pan_std: Tensor
+    detail: Tensor
+    weights: Tensor
+    spread: Tensor
+    haze: Tensor
+    haze_pan: Tensor
+    slope: Tensor
+    correlation: Tensor
+    blurred: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the network sees, all in units of the scene.
+
+    Attributes:
+        details: [B, C, 5, H, W], what each of `DETAILS` adds to up-sampled MS, over the scene's detail.
+        bands: [B, C, 3, H/2, W/2], the band, the local slope of the band on PAN and their local correlation.
+        pan: [B, 2, H, W], PAN, and PAN less the intensity made of MS bands.
+        facts: [B, C, 6], log2 of the ratio, logarithm of the assumed MTF gain, correlation of band and PAN, of
+            intensity and PAN, depth of the haze (logarithm), PAN's detail (logarithm).
+        up: [B, C, H, W], up-sampled registered MS, standardised.
+        unit: [B, 1, 1, 1], the scene's detail in standardised units.
+    """
+
+    details: Tensor
+    bands: Tensor
+    pan: Tensor
+    facts: Tensor
+    up: Tensor
+    unit: Tensor
+
+
+def _filled(values: Tensor) -> Tensor:
+    """Values to divide by: 1 where a scene is flat."""
+    return torch.where(values > 0, values, 1)
+
+
+def _per_band(values: Tensor, x: Tensor) -> Tensor:
+    return values[..., None, None].to(x)
+
+
+def scene_statistics(
+    pan: Tensor,
+    ms: Tensor,
+    *,
+    gains: Sequence[float],
+    ratio: float,
+    phase: float | Sequence[float] | None = None,
+    d: Tensor | None = None,
+    pool: bool = False,
+) -> Statistics:
+    """Statistics of pairs held in memory.
+
+    Args:
+        pan: [B, 1, H, W] in digital numbers of any real dtype.
+        ms: [B, C, h, w].
+        gains: MTF of each band at its Nyquist frequency.
+        ratio, phase, d: of the grids and the bands, see `data.observation`.
+        pool: the images are parts of one scene.
+    """
+    pan, ms = pan.double(), ms.double()
+    size = (ms.shape[2], ms.shape[3])
+    grid = {"ratio": ratio, "phase": phase, "d": d}
+    starts = both(aligned_phase(ratio) if phase is None else phase)
+    registered = upsample(ms, size, **grid, every=both(ratio)[0], first=starts)  # type: ignore[arg-type]
+    low = observe(pan, size, gains=[PAN_GAIN], ratio=ratio, phase=phase)
+    seen = observe(pan.expand(-1, ms.shape[1], -1, -1), size, gains=gains, **grid)  # type: ignore[arg-type]
+    over = (0, 3) if pool else (3,)
+
+    def mean(x: Tensor) -> Tensor:
+        value = x.flatten(2)[:, :, None].mean(over, keepdim=True)[:, :, 0, 0]
+        return value.expand(len(x), -1)
+
+    def spread(x: Tensor) -> Tensor:
+        return (mean(x * x) - mean(x) ** 2).clamp_min(0).sqrt()
+
+    ms_mean, pan_mean = mean(registered), mean(low)
+    ms_std, pan_std = (spread(x - _per_band(centre, x)) for x, centre in ((registered, ms_mean), (low, pan_mean)))
+
+    def standard(x: Tensor, centre: Tensor, unit: Tensor) -> Tensor:
+        return (x - _per_band(centre, x)) / _per_band(_filled(unit), x)
+
+    z, bands = standard(registered, ms_mean, ms_std), standard(ms, ms_mean, ms_std)
+    p, low, seen = (standard(x, pan_mean, pan_std) for x in (pan, low, seen))
+    gram = torch.stack([mean(z * z[:, i : i + 1]) for i in range(z.shape[1])], 1)
+    right = mean(z * low)
+    weights = (torch.linalg.pinv(gram, hermitian=True, rtol=1e-8) @ right[..., None])[..., 0]
+    intensity = (_per_band(weights, z) * z).sum(1, keepdim=True)
+
+    def lowest(x: Tensor) -> Tensor:
+        value = x.amin((2, 3))
+        return value.amin(0, keepdim=True).expand_as(value) if pool else value
+
+    haze = lowest(z)
+    around = seen - _per_band(mean(seen), seen)
+    blurred = spread(around)
+    slope = mean(around * bands) / _filled(blurred**2)
+    return Statistics(
+        ms_mean=ms_mean,
+        ms_std=ms_std,
+        pan_mean=pan_mean,
+        pan_std=pan_std,
+        detail=(spread(p) ** 2 - 1).clamp_min(1e-4).sqrt(),
+        weights=weights,
+        spread=spread(intensity),
+        haze=haze,
+        # Weights may be negative: then the bands' smallest values together can lie above real intensities.
+        haze_pan=torch.minimum((weights * haze).sum(1, keepdim=True), lowest(intensity)),
+        slope=slope,
+        correlation=slope * blurred,
+        blurred=blurred,
+    )
+
+
+def _window_mean(x: Tensor) -> Tensor:
+    """Gaussian means of [B, C, h, w]; at the border over what there is."""
+    reach = math.ceil(3 * _WINDOW)
+    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device) / _WINDOW) ** 2)
+
+    def sums(x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)[:, None]
+        flat = F.conv2d(flat, taps.view(1, 1, -1, 1), padding=(reach, 0))
+        return F.conv2d(flat, taps.view(1, 1, 1, -1), padding=(0, reach)).view(x.shape)
+
+    return sums(x) / sums(torch.ones_like(x[:1, :1]))
+
+
+def network_inputs(
+    pan: Tensor,
+    ms: Tensor,
+    statistics: Statistics,
+    *,
+    gains: Sequence[float],
+    ratio: float,
+    phase: float | Sequence[float] | None = None,
+    d: Tensor | None = None,
+) -> Inputs:
+    """Classical estimates and guides of registered pairs, in float32.
+
+    Args:
+        pan: [B, 1, H, W] in digital numbers, H and W even.
+        ms: [B, C, h, w].
+        statistics: of the whole scenes.
+        gains, ratio, phase, d: as `scene_statistics`.
+    """
+    s, large, small = statistics, (pan.shape[2], pan.shape[3]), (ms.shape[2], ms.shape[3])
+    bands = ms.shape[1]
+    grid: dict[str, Any] = {"ratio": ratio, "phase": phase, "d": d}
+
+    def standard(x: Tensor, centre: Tensor, unit: Tensor) -> Tensor:
+        return ((x.double() - _per_band(centre, centre)) / _per_band(_filled(unit), unit)).float()
+
+    z, p = standard(ms, s.ms_mean, s.ms_std), standard(pan, s.pan_mean, s.pan_std)
+    up = upsample(z, large, **grid)
+    seen = observe(p.expand(-1, bands, -1, -1), small, gains=gains, **grid)
+    low = upsample(seen, large, **grid)
+    weights, haze, spread = (_per_band(x, up) for x in (s.weights, s.haze, s.spread))
+
+    # BT-H: haze-corrected Brovey, PAN matched to the intensity.
+    intensity, haze_pan = (weights * up).sum(1, keepdim=True), _per_band(s.haze_pan, up)
+    above = torch.maximum(intensity - haze_pan, _FLOOR * _filled(spread))
+    bt_h = (up - haze) * (((p * spread - haze_pan) / above).clamp(0, 5) - 1)
+    # The same modulation, by PAN as the band's sensor sees it.
+    blurred = _per_band(_filled(s.blurred), up)
+    hpm = (up - haze) * (((p / blurred - haze) / (low / blurred - haze).clamp_min(_FLOOR)).clamp(0, 5) - 1)
+    fs = _per_band(s.slope, up) * (p - low)
+    # Slopes of the band on PAN in Gaussian windows.
+    mean_z, mean_p = _window_mean(z), _window_mean(seen)
+    variance = (_window_mean(seen * seen) - mean_p**2).clamp_min(0)
+    covariance = _window_mean(seen * z) - mean_p * mean_z
+    whole = _PULL * _per_band(s.blurred**2, z)
+    slope = (covariance + _per_band(s.slope, z) * whole) / (variance + whole).clamp_min(1e-6)
+    own = (_window_mean(z * z) - mean_z**2).clamp_min(0)
+    correlation = covariance / ((variance + whole) * (own + _PULL)).clamp_min(1e-12).sqrt()
+    guides = upsample(torch.cat([slope, correlation], 1), large, ratio=ratio, phase=phase, d=_twice(d))
+    local, correlation = guides.chunk(2, 1)
+    glp = local * (p - low)
+    back = upsample(z - observe(up + bt_h, small, gains=gains, **grid), large, **grid)
+
+    unit = _per_band(s.detail, up)
+    details = torch.stack([bt_h, hpm, fs, glp, back], 2) / unit[:, :, None]
+    guides = torch.stack([up, local, correlation], 2)
+    facts = torch.stack(
+        [
+            torch.full_like(s.slope, math.log2(both(ratio)[0]) - 2),
+            torch.as_tensor(gains, dtype=s.slope.dtype, device=s.slope.device).log().expand_as(s.slope) + 1.2,
+            s.correlation,
+            s.spread.expand_as(s.slope),
+            (-s.haze).clamp_min(1e-3).log(),
+            s.detail.log().expand_as(s.slope),
+        ],
+        2,
+    )
+    return Inputs(
+        details=details,
+        bands=F.avg_pool2d(guides.flatten(1, 2), 2).unflatten(1, (bands, 3)),
+        pan=torch.cat([p, p * spread - intensity], 1),
+        facts=facts.float(),
+        up=up,
+        unit=unit,
+    )
+
+
+def _twice(d: Tensor | None) -> Tensor | None:
+    return None if d is None else torch.cat([d, d], -2)
+
+
+@dataclasses.dataclass(frozen=True)
+class UniversalConfig:
+    """Everything that decides the network's shape; stored in checkpoints.
+
+    Attributes:
+        band_width: channels of a band's features, at half of PAN's resolution.
+        trunk_width: channels of the trunk, at a quarter.
+        depth: residual blocks before and after the trunk's CM3A block.
+        num_heads: of CM3A.
+        attention: whether there is a CM3A block.
+        bands: None: any number.
+    """
+
+    band_width: int = 32
+    trunk_width: int = 64
+    depth: tuple[int, int] = (1, 2)
+    num_heads: int = 4
+    attention: bool = True
+    bands: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "depth", tuple(self.depth))  # JSON gives lists
+        if self.bands is not None:
+            raise ValueError(f"bands: expected None (any number), got {self.bands}")
+        if len(self.depth) != 2 or min(self.depth) < 0:
+            raise ValueError(f"depth: expected two numbers of blocks, got {self.depth}")
+        if self.trunk_width % self.num_heads:
+            raise ValueError(f"trunk_width: expected a multiple of num_heads {self.num_heads}, got {self.trunk_width}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON or YAML."""
+        return {**dataclasses.asdict(self), "depth": list(self.depth)}
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions on [B, C, H, W], added to the input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = Conv3x3(width, width), Conv3x3(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(F.silu(x))))
+
+
+class _Attention(nn.Module):
+    """CM3A between PAN's and the bands' features, and an MLP, on layer-normed features (PAN-Crafter, eq. 7 to 12)."""
+
+    #: Channels of PAN's and of the bands' condition.
+    CONDITION = 8
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        n = self.CONDITION
+        self.norm, self.norm_mlp = LayerNorm(width), LayerNorm(width)
+        self.attention = CM3A(
+            width, num_heads, pan_channel=n, ms_channel=n, pan_ks=1, ms_ks=1, neighbours="shift", pan_detail=True
+        )
+        self.first, self.second = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, ms: Tensor, lpan: Tensor, pan: Tensor) -> Tensor:
+        x_pan, x_ms = self.attention(self.norm(x), ms, lpan, pan, x.new_ones(len(x)))
+        x = x + x_pan + x_ms
+        return x + mlp(self.first, self.second, self.norm_mlp(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Universal(nn.Module):
+    """The network; `sharpen_registered` takes and gives images, `forward` works in units of the scene."""
+
+    architecture: ClassVar[str] = "universal"
+    config_class: ClassVar[type] = UniversalConfig
+    #: Sizes of PAN that the network itself takes are multiples of this.
+    multiple: ClassVar[int] = 4
+
+    def __init__(self, config: UniversalConfig) -> None:
+        super().__init__()
+        self.config = config
+        b, t, n = config.band_width, config.trunk_width, _Attention.CONDITION
+        self.band_facts, self.trunk_facts = nn.Linear(FACTS, b), nn.Linear(FACTS, t)
+        # Details at half resolution; the band's guides; PAN, its misfit, and the bands' mean.
+        self.encode = Conv3x3(4 * len(DETAILS) + 3 + 3, b)
+        self.from_bands = nn.Conv2d(2 * b, t, 2, stride=2)
+        self.from_pan = Conv3x3(32, t)
+        self.before = nn.Sequential(*(_Block(t) for _ in range(config.depth[0])))
+        self.after = nn.Sequential(*(_Block(t) for _ in range(config.depth[1])))
+        if config.attention:
+            self.ms_condition, self.pan_condition = nn.Conv2d(2 * b, n, 2, stride=2), nn.Conv2d(16, n, 1)
+            self.attend = _Attention(t, config.num_heads)
+        self.to_bands = nn.ConvTranspose2d(t, 2 * b, 2, stride=2)
+        self.decode = Conv3x3(b, b)
+        #: For each of a half-resolution pixel's four PAN pixels: a gate for each detail, and the residual.
+        self.head = nn.Conv2d(b, 4 * (len(DETAILS) + 1), 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Detail [B, C, H, W] to be added to up-sampled MS, in units of the scene's detail."""
+        details, bands, pan = (torch.asinh(x) for x in (inputs.details, inputs.bands, inputs.pan))
+        batch, count = details.shape[:2]
+        half_pan, quarter_pan = F.avg_pool2d(pan, 2), F.pixel_unshuffle(pan, 4)
+        shared = torch.cat([half_pan, bands[:, :, 0].mean(1, keepdim=True)], 1)
+        x = torch.cat(
+            [
+                F.pixel_unshuffle(details.flatten(0, 1), 2),
+                bands.flatten(0, 1),
+                shared[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1),
+            ],
+            1,
+        ).contiguous(memory_format=torch.channels_last)
+        x = F.silu(self.encode(x) + self.band_facts(inputs.facts).flatten(0, 1)[:, :, None, None])
+
+        grouped = x.unflatten(0, (batch, count))
+        summary = torch.cat([grouped.mean(1), grouped.amax(1)], 1)
+        trunk = self.from_bands(summary) + self.from_pan(quarter_pan)
+        trunk = trunk + self.trunk_facts(inputs.facts.mean(1))[:, :, None, None]
+        trunk = self.before(trunk)
+        if self.config.attention:
+            low_pan = F.avg_pool2d(quarter_pan[:, :16].mean(1, keepdim=True), 3, 1, 1, count_include_pad=False)
+            conditions = self.pan_condition(low_pan.expand(-1, 16, -1, -1)), self.pan_condition(quarter_pan[:, :16])
+            trunk = self.attend(trunk, self.ms_condition(summary), *conditions)
+        trunk = F.silu(self.after(trunk))
+
+        scale, shift = self.to_bands(trunk)[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1).chunk(2, 1)
+        x = torch.addcmul(x + shift, x, scale)
+        x = F.silu(x + self.decode(F.silu(x)))
+        out = F.pixel_shuffle(self.head(x), 2).unflatten(0, (batch, count))
+        gates, residual = out[:, :, :-1], out[:, :, -1]
+        return inputs.details[:, :, 0] + (gates * inputs.details).sum(2) + residual
+
+    @property
+    def reach(self) -> int:
+        """PAN pixels around a result that decide it, at ratio 4, but for the far tails of interpolation."""
+        blocks = 4 * (1 + 2 * sum(self.config.depth) + (2 if self.config.attention else 0))
+        return 4 * (-(-(blocks + 8 + 4 * 8) // 4))
+
+    @torch.no_grad()
+    def sharpen_registered(
+        self,
+        pan: Tensor,
+        ms: Tensor,
+        *,
+        ratio: float,
+        phase: float | Sequence[float] | None = None,
+        d: Tensor | None = None,
+        gains: Sequence[float],
+        statistics: Statistics | None = None,
+    ) -> Tensor:
+        """Sharpen images in digital numbers, whatever their scale.
+
+        Args:
+            pan: [B, 1, H, W], any real dtype; on the model's device.
+            ms: [B, C, h, w].
+            ratio, phase, d: of the grids and the bands, see `data.observation`.
+            gains: assumed MTF of each band at its Nyquist frequency.
+            statistics: of the whole scenes that these are parts of; None: of these images.
+
+        Returns:
+            [B, C, H, W] float32 in PAN's frame, unrounded and unclipped.
+        """
+        grid: dict[str, Any] = {"gains": gains, "ratio": ratio, "phase": phase, "d": d}
+        if statistics is None:
+            statistics = scene_statistics(pan, ms, **grid)
+        h, w = pan.shape[2:]
+        padded = F.pad(pan.double(), (0, -w % self.multiple, 0, -h % self.multiple), mode="replicate")
+        inputs = network_inputs(padded, ms, statistics, **grid)
+        z = (inputs.up + self(inputs) * inputs.unit)[:, :, :h, :w]
+        return (
+            z.double() * _per_band(statistics.ms_std, z.double()) + _per_band(statistics.ms_mean, z.double())
+        ).float()
