@@ -1,7 +1,7 @@
 """`universal`: one set of weights for any bands and ratios; a gate among classical estimates plus a residual.
 
 PAN-Crafter's parts (ICCV 2025, arXiv 2505.23367) in another frame: bands are a batch with shared weights, and a trunk
-at a quarter of PAN's resolution, with one CM3A block, sees PAN and a summary of the bands that does not know their order.
+at a quarter of PAN's resolution, with one CM3A block, sees PAN and a summary of the bands that ignores their order.
 Everything is computed in standardised units of the scene, so that neither the scale nor the offset of PAN or of a band
 matters. A fresh network gives BT-H on registered bands.
 """
@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.observation import aligned_phase, both, observe, upsample
+from .. import classical
+from ..data.grid import Both, both, both_ratios, default_phase
+from ..data.observation import observe, resample, upsample
 from ..nn.cm3a import CM3A
 from ..nn.convolution import Conv3x3, LayerNorm, mlp
 
@@ -29,23 +31,25 @@ FACTS = 6
 PAN_GAIN = 0.15
 #: Standard deviation, in MS pixels, of the windows of local slopes; pull of local slopes to the scene's.
 _WINDOW, _PULL = 2.0, 0.05
+#: The intensity of haze lies at least so many standard deviations below the mean.
+_HAZE = 0.5
 #: Least intensity above haze that detail is divided by, in standard deviations of the intensity.
 _FLOOR = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Statistics:
-    """What the network must know of a whole scene; float64 tensors, one row an image.
+class Units:
+    """A scene's statistics as the network uses them: everything standardised; float64, one row an image.
 
     Attributes:
         ms_mean, ms_std: [B, C], of the registered MS bands.
         pan_mean, pan_std: [B, 1], of PAN at MS's resolution.
         detail: [B, 1], root mean square of what PAN holds beyond MS's resolution, over pan_std.
-        weights: [B, C], regression of PAN on registered bands, everything standardised.
-        spread: [B, 1], standard deviation of the regression's value, PAN standardised: their correlation.
-        haze: [B, C], smallest value of each band, standardised. haze_pan: [B, 1], the regression's value there.
-        slope, correlation: [B, C], of each standardised band on PAN seen by that band's sensor.
-        blurred: [B, C], standard deviation of PAN seen by that band's sensor, over pan_std.
+        weights: [B, C], regression of PAN on registered bands.
+        spread: [B, 1], standard deviation of the regression's value: its correlation with PAN.
+        haze: [B, C], smallest value of each band. haze_pan: [B, 1], the regression's value there.
+        slope, correlation: [B, C], of each band on PAN as that band's sensor sees it.
+        blurred: [B, C], standard deviation of PAN as that band's sensor sees it.
     """
 
     ms_mean: Tensor
@@ -60,6 +64,40 @@ class Statistics:
     slope: Tensor
     correlation: Tensor
     blurred: Tensor
+
+    @classmethod
+    def of(cls, statistics: classical.Statistics) -> Units:
+        """Of statistics that hold PAN as each band sees it."""
+        c, low, high = statistics.bands, statistics.low, statistics.high
+
+        def deviations(moments: classical.Moments) -> Tensor:
+            variance = moments.covariance.diagonal(dim1=1, dim2=2)
+            return torch.where(variance > 1e-20 * moments.mean**2, variance.clamp_min(0), 0).sqrt()
+
+        mean, std = low.mean, deviations(low)
+        ms_std, pan_std = std[:, :c], std[:, c:]
+        weights = statistics.intensity[0][..., 0, 0] * ms_std / _filled(pan_std)
+        correlations = low.covariance[:, :c, :c] / (_filled(ms_std)[:, :, None] * _filled(ms_std)[:, None])
+        spread = (weights * (correlations @ weights[..., None])[..., 0]).sum(1, keepdim=True).clamp_min(0).sqrt()
+        haze = (statistics.haze.double() - mean[:, :c]) / _filled(ms_std)
+        fine, shared = deviations(high), high.covariance[:, :c, c + 1 :].diagonal(dim1=1, dim2=2)
+        blurred = fine[:, c + 1 :] / _filled(pan_std)
+        slope = shared / _filled(ms_std) / _filled(pan_std) / _filled(blurred**2)
+        return cls(
+            ms_mean=mean[:, :c],
+            ms_std=ms_std,
+            pan_mean=mean[:, c:],
+            pan_std=pan_std,
+            detail=((fine[:, c : c + 1] / _filled(pan_std)) ** 2 - 1).clamp_min(1e-4).sqrt(),
+            weights=weights,
+            spread=spread,
+            haze=haze,
+            # Weights may be negative: then the bands' smallest values together can lie above real intensities.
+            haze_pan=torch.minimum((weights * haze).sum(1, keepdim=True), -_HAZE * spread),
+            slope=slope,
+            correlation=(slope * blurred).clamp(-1, 1),
+            blurred=blurred,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,72 +136,24 @@ def scene_statistics(
     ms: Tensor,
     *,
     gains: Sequence[float],
-    ratio: float,
-    phase: float | Sequence[float] | None = None,
+    ratio: Both,
+    phase: Both | None = None,
     d: Tensor | None = None,
-    pool: bool = False,
-) -> Statistics:
-    """Statistics of pairs held in memory.
+) -> classical.Statistics:
+    """Statistics of whole images in memory.
 
     Args:
         pan: [B, 1, H, W] in digital numbers of any real dtype.
         ms: [B, C, h, w].
         gains: MTF of each band at its Nyquist frequency.
         ratio, phase, d: of the grids and the bands, see `data.observation`.
-        pool: the images are parts of one scene.
     """
     pan, ms = pan.double(), ms.double()
-    size = (ms.shape[2], ms.shape[3])
-    grid = {"ratio": ratio, "phase": phase, "d": d}
-    starts = both(aligned_phase(ratio) if phase is None else phase)
-    registered = upsample(ms, size, **grid, every=both(ratio)[0], first=starts)  # type: ignore[arg-type]
-    low = observe(pan, size, gains=[PAN_GAIN], ratio=ratio, phase=phase)
-    seen = observe(pan.expand(-1, ms.shape[1], -1, -1), size, gains=gains, **grid)  # type: ignore[arg-type]
-    over = (0, 3) if pool else (3,)
-
-    def mean(x: Tensor) -> Tensor:
-        value = x.flatten(2)[:, :, None].mean(over, keepdim=True)[:, :, 0, 0]
-        return value.expand(len(x), -1)
-
-    def spread(x: Tensor) -> Tensor:
-        return (mean(x * x) - mean(x) ** 2).clamp_min(0).sqrt()
-
-    ms_mean, pan_mean = mean(registered), mean(low)
-    ms_std, pan_std = (spread(x - _per_band(centre, x)) for x, centre in ((registered, ms_mean), (low, pan_mean)))
-
-    def standard(x: Tensor, centre: Tensor, unit: Tensor) -> Tensor:
-        return (x - _per_band(centre, x)) / _per_band(_filled(unit), x)
-
-    z, bands = standard(registered, ms_mean, ms_std), standard(ms, ms_mean, ms_std)
-    p, low, seen = (standard(x, pan_mean, pan_std) for x in (pan, low, seen))
-    gram = torch.stack([mean(z * z[:, i : i + 1]) for i in range(z.shape[1])], 1)
-    right = mean(z * low)
-    weights = (torch.linalg.pinv(gram, hermitian=True, rtol=1e-8) @ right[..., None])[..., 0]
-    intensity = (_per_band(weights, z) * z).sum(1, keepdim=True)
-
-    def lowest(x: Tensor) -> Tensor:
-        value = x.amin((2, 3))
-        return value.amin(0, keepdim=True).expand_as(value) if pool else value
-
-    haze = lowest(z)
-    around = seen - _per_band(mean(seen), seen)
-    blurred = spread(around)
-    slope = mean(around * bands) / _filled(blurred**2)
-    return Statistics(
-        ms_mean=ms_mean,
-        ms_std=ms_std,
-        pan_mean=pan_mean,
-        pan_std=pan_std,
-        detail=(spread(p) ** 2 - 1).clamp_min(1e-4).sqrt(),
-        weights=weights,
-        spread=spread(intensity),
-        haze=haze,
-        # Weights may be negative: then the bands' smallest values together can lie above real intensities.
-        haze_pan=torch.minimum((weights * haze).sum(1, keepdim=True), lowest(intensity)),
-        slope=slope,
-        correlation=slope * blurred,
-        blurred=blurred,
-    )
+    ratios, large, small = both_ratios(ratio), (pan.shape[2], pan.shape[3]), (ms.shape[2], ms.shape[3])
+    grid: dict[str, Any] = {"ratio": ratios, "phase": default_phase(phase, ratios)}
+    piece = classical.Piece(pan, upsample(ms, large, **grid, d=d), classical.low_pan(pan, gains, small, **grid))
+    registered = resample(ms, small, None if d is None else d / torch.tensor(ratios), 1)
+    return classical.statistics(piece, registered, classical.low_pan(pan, [PAN_GAIN], small, **grid, back=False), ms)
 
 
 def _window_mean(x: Tensor) -> Tensor:
@@ -182,11 +172,11 @@ def _window_mean(x: Tensor) -> Tensor:
 def network_inputs(
     pan: Tensor,
     ms: Tensor,
-    statistics: Statistics,
+    statistics: classical.Statistics,
     *,
     gains: Sequence[float],
-    ratio: float,
-    phase: float | Sequence[float] | None = None,
+    ratio: Both,
+    phase: Both | None = None,
     d: Tensor | None = None,
 ) -> Inputs:
     """Classical estimates and guides of registered pairs, in float32.
@@ -194,10 +184,10 @@ def network_inputs(
     Args:
         pan: [B, 1, H, W] in digital numbers, H and W even.
         ms: [B, C, h, w].
-        statistics: of the whole scenes.
+        statistics: of the whole scenes, one for all or one an image.
         gains, ratio, phase, d: as `scene_statistics`.
     """
-    s, large, small = statistics, (pan.shape[2], pan.shape[3]), (ms.shape[2], ms.shape[3])
+    s, large, small = Units.of(statistics), (pan.shape[2], pan.shape[3]), (ms.shape[2], ms.shape[3])
     bands = ms.shape[1]
     grid: dict[str, Any] = {"ratio": ratio, "phase": phase, "d": d}
 
@@ -249,7 +239,7 @@ def network_inputs(
         details=details,
         bands=F.avg_pool2d(guides.flatten(1, 2), 2).unflatten(1, (bands, 3)),
         pan=torch.cat([p, p * spread - intensity], 1),
-        facts=facts.float(),
+        facts=facts.float().expand(len(pan), -1, -1),
         up=up,
         unit=unit,
     )
@@ -401,11 +391,11 @@ class Universal(nn.Module):
         pan: Tensor,
         ms: Tensor,
         *,
-        ratio: float,
-        phase: float | Sequence[float] | None = None,
+        ratio: Both,
+        phase: Both | None = None,
         d: Tensor | None = None,
         gains: Sequence[float],
-        statistics: Statistics | None = None,
+        statistics: classical.Statistics | None = None,
     ) -> Tensor:
         """Sharpen images in digital numbers, whatever their scale.
 
@@ -425,7 +415,5 @@ class Universal(nn.Module):
         h, w = pan.shape[2:]
         padded = F.pad(pan.double(), (0, -w % self.multiple, 0, -h % self.multiple), mode="replicate")
         inputs = network_inputs(padded, ms, statistics, **grid)
-        z = (inputs.up + self(inputs) * inputs.unit)[:, :, :h, :w]
-        return (
-            z.double() * _per_band(statistics.ms_std, z.double()) + _per_band(statistics.ms_mean, z.double())
-        ).float()
+        units, z = Units.of(statistics), (inputs.up + self(inputs) * inputs.unit)[:, :, :h, :w].double()
+        return (z * _per_band(units.ms_std, z) + _per_band(units.ms_mean, z)).float()

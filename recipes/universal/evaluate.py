@@ -44,6 +44,7 @@ class Case:
     phase: float
     gt: Tensor | None = None
     d: Tensor | None = None
+    network: Tensor | None = None
 
 
 def read(path: Path) -> Tensor:
@@ -60,7 +61,8 @@ def choose(sensor: Sensor, bands: list[int] | None) -> Sensor:
 def wald(ms: Tensor, pan: Tensor, sensor: str, bands: list[int] | None = None, peak: float = 2047) -> Case:
     h, w = (extent // RATIO * RATIO for extent in ms.shape[-2:])
     gt, pan = ms[..., :h, :w], pan[..., : RATIO * h, : RATIO * w]
-    gt, chosen = gt if bands is None else gt[:, bands], choose(get_sensor(sensor), bands)
+    chosen = choose(get_sensor(sensor), bands)
+    gt = gt if bands is None or len(bands) == gt.shape[1] else gt[:, bands]
     low, pan = degrade(gt, pan, chosen, RATIO)
     return Case(pan, low, chosen, peak, RATIO / 2, gt)
 
@@ -109,7 +111,7 @@ def reduced_cases(shared: Path) -> dict[str, Callable[[], Case]]:
         return lambda: wald(read(native / f"{name}_ms.tif"), read(native / f"{name}_pan.tif"), sensor, bands)
 
     def scene(number: int) -> Callable[[], Case]:
-        return lambda: wald(*sample_scene(shared / "sample_scenes", number), "WV2", BGRN_OF_FOUR)
+        return lambda: wald(*sample_scene(shared / "sample_scenes", number), "WV2", BGRN)
 
     wv3 = shared / "data/WV3/wv3_rr_256.h5"
     return {
@@ -122,10 +124,6 @@ def reduced_cases(shared: Path) -> dict[str, Callable[[], Case]]:
         "WorldView-2 (4)": whole("wv2", "WV2", BGRN),
         **{f"scene {n}": scene(n) for n in (1, 2, 3)},
     }
-
-
-#: The sample scenes have four bands; the default sensor's gain fits them.
-BGRN_OF_FOUR = None
 
 
 def full_cases(shared: Path) -> dict[str, Callable[[], Case]]:
@@ -162,9 +160,12 @@ def methods(model: Universal) -> Methods:
         return {"gains": c.sensor.gains(c.ms.shape[1]), "ratio": RATIO, "phase": c.phase, "d": c.d}
 
     def network(steps: int | str) -> Callable[[Case], Tensor]:
-        return lambda c: back_project(
-            model.sharpen_registered(c.pan, c.ms, **grid(c)).double(), c.ms, **grid(c), steps=steps
-        )
+        def run(c: Case) -> Tensor:
+            if c.network is None:
+                c.network = model.sharpen_registered(c.pan, c.ms, **grid(c)).double()
+            return back_project(c.network, c.ms, **grid(c), steps=steps)
+
+        return run
 
     return {
         "GSA": classical("gsa", 0),
@@ -218,14 +219,17 @@ def picture(case: Case, results: dict[str, Tensor], path: Path) -> None:
 
 
 def reduced(shared: Path, chosen: list[str], compared: Methods) -> None:
-    print("| reduced resolution: PSNR/SAM/ERGAS | " + " | ".join(compared) + " |\n" + "|---" * (len(compared) + 1) + "|")
+    print(
+        "| reduced resolution: PSNR/SAM/ERGAS | " + " | ".join(compared) + " |\n" + "|---" * (len(compared) + 1) + "|"
+    )
     ratios: dict[str, list[float]] = {name: [] for name in compared}
     for name, make in reduced_cases(shared).items():
         if chosen and name not in chosen:
             continue
         case = make()
         locate(case)
-        assert case.gt is not None and case.d is not None
+        assert case.gt is not None
+        assert case.d is not None
         cells, ergas = [], {}
         for method, run in compared.items():
             x = move(run(case), case.d).clamp(0, case.peak)
@@ -276,7 +280,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="rows, all by default")
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--only", choices=("reduced", "full"))
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     model = Universal(UniversalConfig()).eval() if arguments.weights == "fresh" else load_model(arguments.weights)
     compared = methods(model)
     if arguments.only != "full":

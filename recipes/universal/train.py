@@ -149,7 +149,7 @@ def main() -> None:
 
     train = Shards(arguments.packed, "train")
     held_out = {"simulated": Shards(arguments.packed, "valid"), "pair": Shards(arguments.packed, "pair")}
-    total, seen, saved = 0.0, 0, time.monotonic()
+    total, seen, turn, saved = 0.0, 0, 0, time.monotonic()
     while step < arguments.steps and time.monotonic() - started < 60 * arguments.minutes:
         rng = np.random.default_rng([arguments.seed, step])
         rate = arguments.rate * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / arguments.steps)) + 0.01)
@@ -170,10 +170,11 @@ def main() -> None:
         if step % 50 == 0:
             print(f"step {step}  loss {total / seen:.4f}  rate {rate:.5f}", flush=True)
             total, seen = 0.0, 0
-        if time.monotonic() - saved > 240 or step == arguments.steps:
+        if time.monotonic() - saved > 180 or step == arguments.steps:
             save()
-            saved = time.monotonic()
-            new = train.load()
+            saved, turn, new = time.monotonic(), turn + 1, train.load()
+            if turn % 3 and step < arguments.steps:
+                continue
             print(f"step {step}  minutes {(saved - started) / 60:.1f}  new shards {new}", flush=True)
             for split, shards in held_out.items():
                 scores = "  ".join(f"{name} {value:.4f}" for name, value in validate(average, shards).items())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pansharp_fast.data.observation import aligned_phase, observe, upsample
+from pansharp_fast.data.observation import observe, resample, upsample
 from pansharp_fast.models import Universal, UniversalConfig, load_model, save_model
 from pansharp_fast.models.universal import FACTS, PAN_GAIN, network_inputs, scene_statistics
 
@@ -49,19 +49,18 @@ def test_fresh_network_is_bt_h():
     result = run(Universal(UniversalConfig(band_width=8, trunk_width=16)), pan, ms, d)
     for i in range(2):
         up = upsample(ms[i : i + 1], (48, 56), ratio=4, d=d)[0]
-        grid = {"ratio": 4, "every": 4.0, "first": aligned_phase(4)}
-        registered = upsample(ms[i : i + 1], (12, 14), d=d, **grid)[0].flatten(1)
+        registered = resample(ms[i : i + 1], (12, 14), d / 4, 1)[0].flatten(1)
         low = observe(pan[i : i + 1], (12, 14), gains=[PAN_GAIN], ratio=4)[0].flatten()
         columns = torch.cat([registered.T, torch.ones(12 * 14, 1, dtype=torch.float64)], 1)
         solution = torch.linalg.lstsq(columns, low[:, None]).solution[:, 0]
         weights, offset = solution[:3], solution[3]
         assert (weights > 0).all()  # else haze is found otherwise
         value = columns @ solution
-        matched = (pan[i, 0] - low.mean()) * value.std(correction=0) / low.std(correction=0) + value.mean()
-        haze = registered.amin(1)
+        matched = (pan[i, 0] - low.mean()) * value.std() / low.std() + value.mean()
+        haze = ms[i].amin((1, 2))
         base = (weights * haze).sum() + offset
         intensity = torch.einsum("c,chw->hw", weights, up) + offset
-        modulation = ((matched - base) / (intensity - base).clamp_min(0.05 * value.std(correction=0))).clamp(0, 5)
+        modulation = ((matched - base) / (intensity - base).clamp_min(0.05 * value.std())).clamp(0, 5)
         expected = (up - haze[:, None, None]) * modulation + haze[:, None, None]
         close(result[i], expected)
 
