@@ -2,7 +2,7 @@
 
     python recipes/universal/train.py PACKED RUN --steps N [--minutes M]
 
-The learning rate follows a cosine over --steps; after --minutes the run stops and can be continued by the same command.
+The learning rate follows a cosine over --steps; a run that was stopped goes on by the same command.
 RUN/last.pt holds everything; RUN/universal.safetensors the moving average of the weights.
 """
 
@@ -111,7 +111,8 @@ def main() -> None:
     parser.add_argument("packed", type=Path)
     parser.add_argument("run", type=Path)
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
+    parser.add_argument("--stop", type=int, default=1 << 62, help="stop after this step")
     parser.add_argument("--maps", type=int, default=32, help="bands of a batch, all images together")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.998, help="of the moving average")
@@ -150,7 +151,8 @@ def main() -> None:
     train = Shards(arguments.packed, "train")
     held_out = {"simulated": Shards(arguments.packed, "valid"), "pair": Shards(arguments.packed, "pair")}
     total, seen, turn, saved = 0.0, 0, 0, time.monotonic()
-    while step < arguments.steps and time.monotonic() - started < 60 * arguments.minutes:
+    end = min(arguments.steps, arguments.stop)
+    while step < end and time.monotonic() - started < 60 * arguments.minutes:
         rng = np.random.default_rng([arguments.seed, step])
         rate = arguments.rate * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / arguments.steps)) + 0.01)
         for group in optimizer.param_groups:
@@ -170,16 +172,17 @@ def main() -> None:
         if step % 50 == 0:
             print(f"step {step}  loss {total / seen:.4f}  rate {rate:.5f}", flush=True)
             total, seen = 0.0, 0
-        if time.monotonic() - saved > 180 or step == arguments.steps:
+        if time.monotonic() - saved > 180 or step == end:
             save()
             saved, turn, new = time.monotonic(), turn + 1, train.load()
-            if turn % 3 and step < arguments.steps:
+            if turn % 3 and step < end:
                 continue
             print(f"step {step}  minutes {(saved - started) / 60:.1f}  new shards {new}", flush=True)
             for split, shards in held_out.items():
                 scores = "  ".join(f"{name} {value:.4f}" for name, value in validate(average, shards).items())
                 print(f"    {split}: {scores}", flush=True)
-    save()
+    if step < end:
+        save()
 
 
 if __name__ == "__main__":
