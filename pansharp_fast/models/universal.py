@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import classical
-from ..data.grid import Both, both, both_ratios, default_phase
+from ..data.grid import Both, both, both_ratios, check_pair, default_phase
 from ..data.observation import observe, resample, upsample
 from ..nn.cm3a import CM3A
 from ..nn.convolution import Conv3x3, LayerNorm, mlp
@@ -67,8 +67,14 @@ class Units:
 
     @classmethod
     def of(cls, statistics: classical.Statistics) -> Units:
-        """Of statistics that hold PAN as each band sees it."""
+        """Of statistics that hold PAN as each band sees it, such as those of method mtf-glp-fs.
+
+        Raises:
+            ValueError: they do not.
+        """
         c, low, high = statistics.bands, statistics.low, statistics.high
+        if high.mean.shape[1] != 2 * c + 1:
+            raise ValueError(f"statistics: expected PAN as each of {c} bands sees it among them, got none")
 
         def deviations(moments: classical.Moments) -> Tensor:
             variance = moments.covariance.diagonal(dim1=1, dim2=2)
@@ -184,7 +190,7 @@ def network_inputs(
     Args:
         pan: [B, 1, H, W] in digital numbers, H and W even.
         ms: [B, C, h, w].
-        statistics: of the whole scenes, one for all or one an image.
+        statistics: of the whole scenes with PAN as each band sees it; one for all images or one an image.
         gains, ratio, phase, d: as `scene_statistics`.
     """
     s, large, small = Units.of(statistics), (pan.shape[2], pan.shape[3]), (ms.shape[2], ms.shape[3])
@@ -404,11 +410,16 @@ class Universal(nn.Module):
             ms: [B, C, h, w].
             ratio, phase, d: of the grids and the bands, see `data.observation`.
             gains: assumed MTF of each band at its Nyquist frequency.
-            statistics: of the whole scenes that these are parts of; None: of these images.
+            statistics: of the whole scenes that these are parts of, with PAN as each band sees it (as for method
+                mtf-glp-fs); None: of these images.
 
         Returns:
             [B, C, H, W] float32 in PAN's frame, unrounded and unclipped.
+
+        Raises:
+            ValueError: shapes, ratio or gains that do not fit, or statistics of another kind.
         """
+        check_pair(pan, ms, ratio=None)
         grid: dict[str, Any] = {"gains": gains, "ratio": ratio, "phase": phase, "d": d}
         if statistics is None:
             statistics = scene_statistics(pan, ms, **grid)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pansharp_fast.classical import Moments
 from pansharp_fast.data.observation import observe, resample, upsample
 from pansharp_fast.models import Universal, UniversalConfig, load_model, save_model
 from pansharp_fast.models.universal import FACTS, PAN_GAIN, network_inputs, scene_statistics
@@ -161,3 +162,17 @@ def test_checkpoint(tmp_path):
 def test_configuration_out_of_range(changes):
     with pytest.raises(ValueError, match="expected"):
         UniversalConfig(**changes)
+
+
+def test_wrong_statistics_are_refused():
+    pan, ms, d = scene()
+    found = scene_statistics(pan, ms, gains=[0.3] * 4, ratio=4, d=d)
+    found.high = Moments(found.high.count, found.high.mean[:, :5], found.high.scatter[:, :5, :5])
+    with pytest.raises(ValueError, match="statistics: expected PAN as each of 4 bands sees it"):
+        run(randomised(), pan, ms, d, statistics=found)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    pan, ms, d = scene()
+    with pytest.raises(ValueError, match="pan: expected shape"):
+        run(randomised(), pan.expand(-1, 2, -1, -1), ms, d)
