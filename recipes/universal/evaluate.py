@@ -207,7 +207,7 @@ def picture(case: Case, results: dict[str, Tensor], path: Path) -> None:
     grey = torch.quantile(case.pan.flatten(), torch.tensor([0.01, 0.99]).double())
     rows = []
     for name, image in images.items():
-        low, high = (grey[0], grey[1]) if name == "PAN" else (colour[0, ..., None, None], colour[1, ..., None, None])
+        low, high = (grey[0], grey[1]) if name == "PAN" else (colour[0, 0, :, None, None], colour[1, 0, :, None, None])
         shown = ((image[0] - low) / (high - low)).clamp(0, 1) ** 0.7
         rows.append((shown * 255).round().byte())
     whole = torch.cat([row[:, : min(h, 512), : min(w, 512)] for row in rows], 2)
