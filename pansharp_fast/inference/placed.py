@@ -122,10 +122,19 @@ class Placed:
     def up(self, *, every: float = 1.0, first: float = 0.0, gdal: bool = False) -> Tensor:
         """[1, C, ...]: the bands in PAN's frame, every so many PAN pixels from index `first` on."""
         size = tuple(max(0, math.ceil((length - first) / every)) for length in self.size)
-        place: dict[str, Any] = {"ratio": self.ratio, "phase": self.phase}
+        place: dict[str, Any] = {"ratio": self.ratio, "phase": self.phase, "d": self.d}
         if self.bend is None:
-            return upsample(self.ms, (size[0], size[1]), **place, d=self.d, every=every, first=first, gdal=gdal)
-        whole = _bent(upsample(self.ms, self.size, **place, d=self.d, gdal=gdal), self.bend)
+            place |= {"size": (size[0], size[1]), "every": every, "first": first}
+        else:
+            place |= {"size": self.size}
+        whole = upsample(self.ms, **place, gdal=gdal)
+        if gdal and not bool(self.ms_valid.all()):  # GDAL gives no weight to what holds no data, MS's border included
+            held = self.ms_valid[None].to(self.ms)
+            share = upsample(held, **place, gdal=True)
+            whole = torch.where(share > 0.01, upsample(self.ms * held, **place, gdal=True) / share, whole)
+        if self.bend is None:
+            return whole
+        whole = _bent(whole, self.bend)
         if every == 1 and first == 0:
             return whole
         # Sampled again from PAN's grid, on which MS has no detail to lose.
