@@ -364,5 +364,5 @@ def statistics(
     return Statistics(
         Moments.of(torch.cat([registered, pan_low], 1), low),
         Moments.of(torch.cat([piece.up, piece.pan, *seen], 1), high),
-        haze.detach().amin((2, 3)),
+        haze.amin((2, 3)),
     )

@@ -168,10 +168,7 @@ class ClassicalEngine:
 def piece_of(placed: Placed, method: str) -> classical.Piece:
     """What a classical method looks at."""
     up = placed.up(gdal=method == "brovey")
-    low = None
-    if method in classical.NEED_LOW:
-        size = (placed.ms.shape[2], placed.ms.shape[3])
-        low = classical.low_pan(placed.pan, placed.gains, size, placed.ratio, placed.phase)
+    low = placed.low_pan() if method in classical.NEED_LOW else None
     return classical.Piece(placed.pan, up, low)
 
 

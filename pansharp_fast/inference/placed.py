@@ -106,8 +106,11 @@ class Placed:
         pan_values, ms_values = (torch.from_numpy(np.ascontiguousarray(x, np.float32)) for x in (pan, ms))
         if means is None:
             means = Means(_means(pan_values, self.pan_valid[None]), _means(ms_values, self.ms_valid))
-        self.pan = fill(pan_values, self.pan_valid[None], means.pan)[None]
-        self.ms = fill(ms_values, self.ms_valid, means.ms)[None]
+        pan_values = fill(pan_values, self.pan_valid[None], means.pan)
+        ms_values = fill(ms_values, self.ms_valid, means.ms)
+        self.pan = _repeat_border(pan_values, (top, left), (source.height, source.width))[None]
+        self._first, self._ms_size = first, (source.ms_height, source.ms_width)
+        self.ms = _repeat_border(ms_values, first, self._ms_size)[None]
 
     @property
     def largest(self) -> float:
@@ -140,6 +143,13 @@ class Placed:
         # Sampled again from PAN's grid, on which MS has no detail to lose.
         start = torch.full((whole.shape[1], 2), float(first))
         return resample(whole, (size[0], size[1]), start, every)
+
+    def low_pan(self) -> Tensor:
+        """[1, C, H, W]: PAN through each band's MTF and back on its grid; its border there is repeated as MS's is."""
+        place: dict[str, Any] = {"ratio": self.ratio, "phase": self.phase}
+        size = (self.ms.shape[2], self.ms.shape[3])
+        low = observe(self.pan.expand(-1, len(self.gains), -1, -1), size, gains=self.gains, **place)
+        return upsample(_repeat_border(low[0], self._first, self._ms_size)[None], self.size, **place)
 
     def observe(self, x: Tensor) -> Tensor:
         """[1, C, h, w]: what the sensor would see of `x` [1, C, H, W]."""
@@ -231,6 +241,15 @@ class Placed:
         """[1, C, H, W] in PAN's frame, each band moved back where its own MS band lies."""
         moved = move(x, self.d)
         return moved if self.bend is None else _bent(moved, -self.bend)
+
+
+def _repeat_border(values: Tensor, first: Sequence[int], size: Sequence[int]) -> Tensor:
+    """[C, h, w] from pixel `first` of an image of `size` on: what lies beyond the image repeats its border."""
+    rows, columns = (
+        torch.arange(start, start + have).clamp(0, length - 1).sub(start).clamp(0, have - 1)
+        for start, have, length in zip(first, values.shape[1:], size, strict=True)
+    )
+    return values[:, rows][:, :, columns]
 
 
 def _nearest(place: Tensor) -> Tensor:
