@@ -119,21 +119,23 @@ def _read_yaml(path: str | os.PathLike[str]) -> Any:
         content = file.read(_LARGEST_FILE + 1)
     if len(content) > _LARGEST_FILE:
         raise ValueError(f"{path}: expected at most {_LARGEST_FILE} bytes, got more")
+    problem, depth = "", 0
     try:
-        text, depth = content.decode(), 0
+        text = content.decode()
         for event in yaml.parse(text, yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > 2:
-                raise ValueError(
-                    f"expected values and lists of them, got more levels in line {event.start_mark.line + 1}"
-                )
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
-                raise ValueError(
-                    f"expected values without tags and aliases, got one in line {event.start_mark.line + 1}"
-                )
-        return yaml.safe_load(text) or {}
+                problem = "values and lists of them, got more levels"
+            elif isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
+                problem = "values without tags and aliases, got one"
+            if problem:
+                problem += f" in line {event.start_mark.line + 1}"
+                break
+        else:
+            return yaml.safe_load(text) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist, no UTF-8
-        raise ValueError(f"{path}: expected YAML, got {shortened(error)}") from None
+        problem = f"YAML, got {shortened(error)}"
+    raise ValueError(f"{path}: expected {problem}")
 
 
 def load_config(config: type[T], path: str | os.PathLike[str] | None = None, **overrides: Any) -> T:
