@@ -302,7 +302,42 @@ class NetworkEngine:
         return image, valid
 
 
-Engine = ClassicalEngine | NetworkEngine
+class RegisteredEngine:
+    """A network that takes any bands, ratio and phase with the scene's statistics (`sharpen_registered`) over a pair.
+
+    Args:
+        job: the pair. "auto" back-projection is none: a network's result is taken as it is.
+        sharpener: the network.
+
+    Raises:
+        ValueError: more bands or another ratio than the network takes.
+    """
+
+    tile_size = 512
+
+    def __init__(self, job: Job, sharpener: Sharpener) -> None:
+        model = sharpener.model
+        self.job, self.sharpener, self.name, self.uncertainty_kind = job, sharpener, str(model.architecture), ""
+        self.bands = self.channels = len(job.bands)
+        self.overlap = math.ceil(model.reach / 16) * 16
+        model.check(self.bands, job.source.ratio)
+        self.statistics, self.means = first_pass(job, "mtf-glp-fs")
+
+    def tile(self, row: Span, column: Span) -> tuple[Tensor | None, Tensor]:
+        """As `ClassicalEngine.tile`."""
+        job, placed = self.job, self.job.place(_span(row, column), self.means)
+        if not bool(placed.valid()[row.written, column.written].any()) and job.frame == "pan":
+            return None, torch.zeros(row.stop - row.start, column.stop - column.start, dtype=torch.bool)
+        grid: dict[str, Any] = {"ratio": placed.ratio, "phase": placed.phase, "d": placed.d}
+        ms = placed.ms
+        if placed.bend is not None:  # straightened first, on a grid of MS's own spacing
+            ms, grid = placed.up(every=placed.ratio[0]), {"ratio": placed.ratio[0], "phase": 0.0}
+        image = self.sharpener.registered(placed.pan, ms, **grid, gains=placed.gains, statistics=self.statistics)
+        steps = 0 if job.back_projection == "auto" else job.back_projection
+        return _finish(job, placed, image.cpu(), row, column, steps)
+
+
+Engine = ClassicalEngine | NetworkEngine | RegisteredEngine
 
 
 def options(engine: Any, tile: int | None, overlap: int | None) -> tuple[int, int]:
@@ -408,4 +443,4 @@ def make_engine(
         raise ValueError("band_weights: expected none beside weights or model")
     if not isinstance(weights, Sharpener):
         weights = Sharpener("tiny" if weights is None else weights, architecture=architecture, **options)
-    return NetworkEngine(job, weights)
+    return (RegisteredEngine if weights.takes_registered else NetworkEngine)(job, weights)

@@ -37,7 +37,8 @@ class Sharpener:
         uncertainty: results hold as many channels more, the uncertainty of each band.
 
     Attributes:
-        bands: MS bands. channels: of a result, `bands` or twice that.
+        bands: MS bands. channels: of a result, `bands` or twice that. Both 0 where the model takes any number.
+        takes_registered: the model has `sharpen_registered`, see `registered`.
 
     Raises:
         ValueError: an argument is out of its range, the weights cannot be read or are of another architecture, or
@@ -72,7 +73,7 @@ class Sharpener:
             from ..diffusion import Sampling
 
             self.sampling: Sampling | None = sampling or Sampling()
-        elif not hasattr(self.model, "sharpen"):
+        elif not (hasattr(self.model, "sharpen") or hasattr(self.model, "sharpen_registered")):
             raise ValueError(f"weights: expected those of a model that sharpens by itself, got {name}")
         elif sampling is not None or uncertainty:
             raise ValueError(
@@ -86,7 +87,8 @@ class Sharpener:
             from ..diffusion import uncertainty_kind
 
             self.uncertainty_kind = uncertainty_kind(name, self.sampling.samples)
-        self.bands: int = self.model.config.bands
+        self.takes_registered = hasattr(self.model, "sharpen_registered")
+        self.bands: int = self.model.config.bands or 0
         self.channels = 2 * self.bands if uncertainty else self.bands
         self.peak = float(peak)
         self.precision = allowed.precision(precision)
@@ -105,3 +107,9 @@ class Sharpener:
 
             image, uncertainty = sharpen_by_sampling(self.model, pan, ms, self.peak, self.sampling, origin)
             return torch.cat([image, uncertainty], 1) if self.uncertainty else image
+
+    @torch.no_grad()
+    def registered(self, pan: Tensor, ms: Tensor, **options: Any) -> Tensor:
+        """Digital numbers pan [B,1,H,W] and ms [B,C,h,w], on any device, to [B,C,H,W] by `model.sharpen_registered`."""
+        with allowed.autocast(self.precision, self.device):
+            return self.model.sharpen_registered(pan.to(self.device), ms.to(self.device), **options)

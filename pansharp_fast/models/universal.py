@@ -25,6 +25,8 @@ from ..nn.convolution import Conv3x3, LayerNorm, mlp
 
 #: Planes of `Inputs.details`, BT-H first; the last one is what one step of back-projection changes in BT-H.
 DETAILS = ("BT-H", "MTF-GLP-HPM-H", "MTF-GLP-FS", "GLP with local slopes", "back-projection")
+#: Bands and ratios that the weights are meant for.
+MAX_BANDS, RATIOS = 16, (1.9, 8.1)
 #: Numbers of a band that hold for the whole scene, see `Inputs.facts`.
 FACTS = 6
 #: MTF of PAN at MS's Nyquist frequency where PAN is compared with MS as it stands; the toolbox's default.
@@ -384,6 +386,17 @@ class Universal(nn.Module):
         out = F.pixel_shuffle(self.head(x), 2).unflatten(0, (batch, count))
         gates, residual = out[:, :, :-1], out[:, :, -1]
         return inputs.details[:, :, 0] + (gates * inputs.details).sum(2) + residual
+
+    @staticmethod
+    def check(bands: int, ratio: Both) -> None:
+        """Raise ValueError unless so many bands and this ratio are of the kind that the network learns from."""
+        if bands > MAX_BANDS:
+            raise ValueError(f"MS: expected up to {MAX_BANDS} bands, as the weights take, got {bands}")
+        if not all(RATIOS[0] <= value <= RATIOS[1] for value in both(ratio)):
+            raise ValueError(
+                f"ratio: expected MS pixels {RATIOS[0]:g} to {RATIOS[1]:g} times the size of PAN's, as the weights "
+                f"take, got {both(ratio)[0]:.4g} x {both(ratio)[1]:.4g} (method bt-h takes any ratio)"
+            )
 
     @property
     def reach(self) -> int:
