@@ -157,8 +157,8 @@ def main() -> None:
     lines = [
         f"# A scene of {options.side} x {options.side} PAN pixels, {options.bands} bands, uint16, from files to a file",
         "",
-        f"{device_name(torch.device('cpu'))}; medians of {options.repeat} runs that took turns, the import of libraries",
-        f"left out. `python -m benchmarks.scenes --side {options.side} --bands {options.bands}`",
+        f"{device_name(torch.device('cpu'))}; medians of {options.repeat} runs that took turns, imports left",
+        f"out. `python -m benchmarks.scenes --side {options.side} --bands {options.bands}`",
         "",
         "| way | seconds | seconds a megapixel | over GDAL | peak memory, MiB |",
         "|---|---|---|---|---|",
