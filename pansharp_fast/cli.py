@@ -291,12 +291,6 @@ def sharpen(
     options["weights"], options["architecture"] = weights, model
     with _quiet_libraries(), _progress("sharpening", quiet) as progress:
         summary = sharpen_scene(pan, ms, out, creation_options=co, progress=progress, **options)
-    if (weights or model) and summary.largest > options["peak"]:
-        click.echo(
-            f"Warning: peak: expected at least the largest value {summary.largest:g}, got {options['peak']:g}; "
-            "give the sensor's own with --peak",
-            err=True,
-        )
     if not quiet:
         click.echo(summary.text(out))
 

@@ -246,4 +246,5 @@ def _run(engine: engines.Engine, tile: int | None, overlap: int | None) -> tuple
 
     for top, left, piece in blend(rows, columns, compute):
         out[:, top : top + piece.shape[-2], left : left + piece.shape[-1]] = piece
+    engine.finish()
     return out, held

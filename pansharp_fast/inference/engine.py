@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import operator
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ BLOCK, MAX_BLOCKS = 1024, 49
 SAMPLE, SAMPLES = 512, 3
 #: Scenes of more PAN pixels give every second row and column to the statistics at PAN's resolution.
 DENSE = 1 << 22
+#: Largest values below this share of the peak are those of another scale, as reflectance is.
+DARK = 0.05
 #: Relative deviation from a network's ratio that resampling MS may make up for.
 RATIO_TOLERANCE = 0.05
 
@@ -157,6 +160,9 @@ class ClassicalEngine:
             return [torch.full((1, self.bands, 1, 1), torch.inf)] * AUTO_STEPS
         return list(torch.stack(found).median(0).values)
 
+    def finish(self) -> None:
+        """Nothing is left to say after the last tile."""
+
     def tile(self, row: Span, column: Span) -> tuple[Tensor | None, Tensor]:
         """Result [C, H, W] of what a tile writes and where it holds data [H, W]; None where it does nowhere."""
         job, placed = self.job, self.job.place(_span(row, column), self.means)
@@ -283,6 +289,17 @@ class NetworkEngine:
                 f"{columns:.4g} (method bt-h takes any ratio)"
             )
         self.phase = float(getattr(sharpener.model, "phase", RATIO / 2))
+
+    def finish(self) -> None:
+        """After the last tile: warn where the values that were seen do not suit the peak."""
+        largest, peak = self.job.largest, self.sharpener.peak
+        if largest > peak:
+            text = f"at least the largest value {largest:g}, got {peak:g}"
+        elif 0 < largest < DARK * peak:
+            text = f"the sensor's largest value, got {peak:g}, {peak / largest:.0f} times the largest of the images"
+        else:
+            return
+        warnings.warn(f"peak: expected {text}; networks want the sensor's own", stacklevel=3)
 
     def tile(self, row: Span, column: Span) -> tuple[Tensor | None, Tensor]:
         """As `ClassicalEngine.tile`; channels beyond the bands are the uncertainty."""

@@ -260,6 +260,7 @@ def sharpen_scene(
                 raise ValueError(f"PAN and MS: expected a pixel that holds data in both, got none in {pan} and {ms}")
             for output in outputs:
                 output.finish()
+            engine.finish()
             if saved is not None:
                 with atomic(saved) as part:
                     registration.to_json(part)

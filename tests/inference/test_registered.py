@@ -1,6 +1,8 @@
 """Classical methods on registered bands, over arrays and whole scenes: place, tiles, frames, ratios, options."""
 
 import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from pansharp_fast.data.registration import Registration
 from pansharp_fast.inference import sharpen_scene
 
 from .conftest import GRID
+from .local_model import LocalModel
 
 D = [[1.6, -0.9], [1.5, -1.0], [1.7, -0.8], [2.2, 0.4]]
 GAINS = (0.3,) * 4
@@ -288,3 +291,33 @@ def test_native_pairs_need_no_options(shared, name, tmp_path):
     if name in expected:
         np.testing.assert_allclose(summary.registration.d[0, :3].mean(0), expected[name], atol=0.15)
     assert np.abs(read(tmp_path / "out.tif").astype(float)).max() > 0
+
+
+def test_threads_that_sharpen_at_once(files, tmp_path):
+    """Eight at a time, arrays and files, classical and a network: each result is what one alone gives."""
+    pan, ms, _ = pair(side=128)
+    paths = files(pan, ms)
+
+    def work(k: int) -> np.ndarray:
+        weights = {"weights": LocalModel()} if k % 2 else {}
+        if k % 4 < 2:
+            return np.asarray(pansharp_fast.sharpen(pan, ms, **weights))[0]
+        sharpen_scene(*paths, tmp_path / f"{k}.tif", dtype="float64", **weights)
+        return read(tmp_path / f"{k}.tif")
+
+    alone = [work(k) for k in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        for k, result in enumerate(pool.map(work, range(4, 20))):
+            np.testing.assert_array_equal(result, alone[k % 4])
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"), [(1 / 5000, "times the largest of the images"), (4, "at least the largest")]
+)
+def test_networks_warn_of_values_that_do_not_suit_their_peak(scale, words):
+    pan, ms, _ = pair(side=64)
+    with pytest.warns(UserWarning, match=f"peak: expected .*{words}"):
+        pansharp_fast.sharpen(pan * scale, ms * scale, weights=LocalModel())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pansharp_fast.sharpen(pan * scale, ms * scale)
