@@ -22,6 +22,7 @@ from ..data.grid import Both, both, both_ratios, check_pair, default_phase
 from ..data.observation import observe, resample, upsample
 from ..nn.cm3a import CM3A
 from ..nn.convolution import Conv3x3, LayerNorm, mlp
+from ..options import check_fields
 
 #: Planes of `Inputs.details`, BT-H first; the last one is what one step of back-projection changes in BT-H.
 DETAILS = ("BT-H", "MTF-GLP-HPM-H", "MTF-GLP-FS", "GLP with local slopes", "back-projection")
@@ -281,7 +282,9 @@ class UniversalConfig:
         object.__setattr__(self, "depth", tuple(self.depth))  # JSON gives lists
         if self.bands is not None:
             raise ValueError(f"bands: expected None (any number), got {self.bands}")
-        if len(self.depth) != 2 or min(self.depth) < 0:
+        sizes = dict.fromkeys(("band_width", "trunk_width", "num_heads"), (1, 16384))
+        check_fields(self, depth=(0, 64), **sizes)
+        if len(self.depth) != 2:
             raise ValueError(f"depth: expected two numbers of blocks, got {self.depth}")
         if self.trunk_width % self.num_heads:
             raise ValueError(f"trunk_width: expected a multiple of num_heads {self.num_heads}, got {self.trunk_width}")

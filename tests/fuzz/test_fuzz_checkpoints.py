@@ -17,6 +17,8 @@ from pansharp_fast.models import (
     PANCrafter,
     PriorConfig,
     PriorNet,
+    Universal,
+    UniversalConfig,
     load_model,
     preset,
     save_model,
@@ -24,7 +26,7 @@ from pansharp_fast.models import (
 
 from .mutations import fuzz_settings
 
-NAMES = ("pancrafter", "prior", "teacher", "student")
+NAMES = ("pancrafter", "prior", "teacher", "student", "universal")
 NUMBERS = st.one_of(
     st.integers(),
     st.sampled_from([0, -1, 65, 10**9, 10**30, 2**62, 2**63, 2**64, 1.5, float("nan"), float("inf"), True]),
@@ -46,6 +48,7 @@ def files(tmp_path_factory):
         PriorNet(PriorConfig.preset("tiny", bands=4)),
         FSATeacher(FSAConfig(bands=4, prior=PriorConfig(bands=4, hidden=8, blocks=1), **config)),
         FSAStudent(FSAConfig(bands=4, **config)),
+        Universal(UniversalConfig(band_width=8, trunk_width=8, depth=(0, 1), num_heads=2)),
     )
     contents = {}
     for name, model in zip(NAMES, models, strict=True):
