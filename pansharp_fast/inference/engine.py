@@ -340,6 +340,9 @@ class RegisteredEngine:
         model.check(self.bands, job.source.ratio)
         self.statistics, self.means = first_pass(job, "mtf-glp-fs")
 
+    def finish(self) -> None:
+        """Nothing is left to say after the last tile: these networks know no peak."""
+
     def tile(self, row: Span, column: Span) -> tuple[Tensor | None, Tensor]:
         """As `ClassicalEngine.tile`."""
         job, placed = self.job, self.job.place(_span(row, column), self.means)
