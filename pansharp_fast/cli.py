@@ -72,6 +72,8 @@ def main(ctx: click.Context, debug: bool) -> None:
     """PAN-sharpening with fused kernels."""
     ctx.with_resource(warnings.catch_warnings())
     warnings.showwarning = _warn
+    for category in (DeprecationWarning, PendingDeprecationWarning):  # of libraries: no matter of the user's
+        warnings.simplefilter("ignore", category)
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
