@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,14 +49,37 @@ class Support:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A call to test an operator by.
+
+    Attributes:
+        name: what is special about it.
+        run: `run(*tensors, backend=...)` gives the results, a tuple.
+        tensors: what the results may be derived by.
+        options: what the operator hands to `select`.
+    """
+
+    name: str
+    run: Callable[..., tuple[torch.Tensor, ...]]
+    tensors: tuple[torch.Tensor, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Operator:
-    """Declaration of an operator. selfcheck(backend, device) raises where a backend disagrees with the reference."""
+    """Declaration of an operator.
+
+    Attributes:
+        name: as in `OPERATORS`.
+        support: backend -> what it takes.
+        selfcheck: `selfcheck(backend, device)` raises where a backend disagrees with the reference.
+        samples: `samples(device, dtype)` gives calls that together reach every part of every backend, small ones first.
+    """
 
     name: str
     support: Mapping[str, Support]
     selfcheck: Callable[[str, torch.device], None] | None = None
-    failed: dict[tuple[str, torch.device], str] = field(default_factory=dict, compare=False)
-    passed: set[tuple[str, torch.device]] = field(default_factory=set, compare=False)
+    samples: Callable[[torch.device, torch.dtype], Iterator[Sample]] | None = None
 
 
 #: name -> declaration, filled by the operators' own modules.
@@ -143,32 +167,80 @@ def reasons(operator: Operator, backend: str, tensors: Sequence[torch.Tensor], *
             break
     if support.check is not None:
         found.extend(support.check(*tensors, **options))
-    if (backend, tensors[0].device) in operator.failed:
-        found.append(operator.failed[backend, tensors[0].device])
+    if backend != "reference" and transformed():
+        found.append("torch.func: expected no transform around the call (backend='reference' takes them all)")
+    failure = _verdicts.get((operator.name, backend, tensors[0].device))
+    if failure is not None:
+        found.append(failure)
     return found
 
 
-_stack: list[str] = []
+def autocasting(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on where `tensor` lies."""
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+
+
+def plainly(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Context of a reference: autocast would take its products apart from those of the kernels, which keep a dtype."""
+    return torch.autocast(tensor.device.type, enabled=False) if autocasting(tensor) else contextlib.nullcontext()
+
+
+def cast(tensors: Sequence[torch.Tensor], widest: bool = False) -> list[torch.Tensor]:
+    """Tensors of several floating dtypes in one, where autocast is on: elsewhere the operators refuse a mixture.
+
+    The one is that which autocast computes in, as for `scaled_dot_product_attention`, or, as for `cat`, the widest.
+    Like those, float64 keeps out of it.
+    """
+    tensors = list(tensors)
+    device, dtypes = tensors[0].device.type, {tensor.dtype for tensor in tensors}
+    if len(dtypes) == 1 or torch.float64 in dtypes or not all(dtype.is_floating_point for dtype in dtypes):
+        return tensors
+    if not autocasting(tensors[0]):
+        return tensors
+    if widest:
+        dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+    else:
+        dtype = torch.get_autocast_dtype(device)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+@traced_as_constant
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vjp, jvp, hessian, vmap, ...) is around this call."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class _Choice(threading.local):
+    """A thread's own choice. Not a ContextVar: torch.compile follows this one, and guards its graphs by it."""
+
+    def __init__(self) -> None:
+        self.backend: str | None = None
+
+
+_choice = _Choice()
 
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Run every operator called inside the block on `backend` ("auto" lifts an outer choice or the variable)."""
+    """Run every operator called inside the block on `backend` ("auto" lifts an outer choice or the variable).
+
+    The choice is the thread's own: others do not see it.
+    """
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(f"backend: expected auto or one of {BACKENDS}, got {backend!r}")
-    _stack.append(backend)
+    outer, _choice.backend = _choice.backend, backend
     try:
         yield
     finally:
-        _stack.pop()
+        _choice.backend = outer
 
 
 def requested(backend: str | None = None) -> tuple[str, str]:
     """(backend or "auto", who asked): argument over context manager over environment variable."""
     if backend is not None:
         name, source = backend, "argument backend"
-    elif _stack:
-        name, source = _stack[-1], "use_backend"
+    elif _choice.backend is not None:
+        name, source = _choice.backend, "use_backend"
     else:
         name, source = os.environ.get(VARIABLE) or "auto", f"environment variable {VARIABLE}"
     if name not in (*BACKENDS, "auto"):
@@ -196,16 +268,23 @@ def select(operator: Operator, tensors: Sequence[torch.Tensor], backend: str | N
         against = reasons(operator, name, tensors, **options)
         if against:
             raise BackendError(f"{operator.name}: {source} asked for {name!r}, which cannot run: {'; '.join(against)}")
-        _selfcheck(operator, name, tensors[0].device)
+        failure = _selfcheck(operator, name, tensors[0].device)
+        if failure is not None:
+            raise BackendError(f"{operator.name}: {source} asked for {name!r}, which cannot run: {failure}")
         return name
     skipped: list[str] = []
     for candidate in candidates(tensors[0].device.type):
         against = reasons(operator, candidate, tensors, **options)
-        if not against and _selfcheck(operator, candidate, tensors[0].device):
+        if not against:
+            failure = _selfcheck(operator, candidate, tensors[0].device)
+            if failure is not None:
+                warnings.warn(f"{operator.name}: backend {candidate} is not used: {failure}", stacklevel=3)
+                against = [failure]
+        if not against:
             if not torch.compiler.is_compiling():
                 _log_once(operator.name, candidate, tensors[0].device.type, skipped)
             return candidate
-        skipped.append(f"{candidate} ({'; '.join(against) or 'self-check failed'})")
+        skipped.append(f"{candidate} ({'; '.join(against)})")
     raise BackendError(f"{operator.name}: no backend can run this call: {', '.join(skipped)}")
 
 
@@ -216,26 +295,35 @@ def _log_once(operator: str, backend: str, device: str, skipped: list[str]) -> N
         logger.info("%s on %s runs on %s%s", operator, device, backend, f"; not {', '.join(skipped)}" * bool(skipped))
 
 
-def _selfcheck(operator: Operator, backend: str, device: torch.device) -> bool:
-    """Compare a GPU backend with the reference on a tiny input, once a device; True where it may be used."""
+#: (operator, backend, device) -> why the backend is not to be trusted there, or None; what is absent was not compared.
+_verdicts: dict[tuple[str, str, torch.device], str | None] = {}
+#: Held while a backend is compared; other threads wait for the verdict.
+_lock = threading.RLock()
+_running: set[tuple[str, str, torch.device]] = set()  # being compared by the holder: the check calls the operator
+
+
+def _selfcheck(operator: Operator, backend: str, device: torch.device) -> str | None:
+    """Why a GPU backend may not be used: it is compared with the reference on a tiny input, once a device."""
     if operator.selfcheck is None or backend not in ("cuda", "triton") or device.type == "cpu":
-        return True
-    key = (backend, device)
-    if key in operator.passed:
-        return True
-    if key in operator.failed:
-        return False
+        return None
+    key = (operator.name, backend, device)
+    if key in _verdicts:
+        return _verdicts[key]
     if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return True  # another call decides; a graph cannot hold the comparison
-    operator.passed.add(key)  # the check itself calls the operator
-    try:
-        _compare(operator, backend, device)
-    except Exception as error:  # whatever went wrong, the answer is the same: do not trust the kernel
-        operator.passed.discard(key)
-        operator.failed[key] = f"self-check on {device} failed: {error}"
-        warnings.warn(f"{operator.name}: backend {backend} is not used: {operator.failed[key]}", stacklevel=3)
-        return False
-    return True
+        return None  # another call decides; a graph cannot hold the comparison
+    with _lock:
+        if key in _running:
+            return None
+        if key not in _verdicts:
+            _running.add(key)
+            try:
+                _compare(operator, backend, device)
+                _verdicts[key] = None
+            except Exception as error:  # whatever went wrong, the answer is the same: do not trust the kernel
+                _verdicts[key] = f"self-check on {device} failed: {error}"
+            finally:
+                _running.discard(key)
+        return _verdicts[key]
 
 
 def _compare(operator: Operator, backend: str, device: torch.device) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _library
-from ._backends import FLOATING, Operator, Support, register, select, tf32_allowed
+from ._backends import FLOATING, Operator, Sample, Support, cast, plainly, register, select, tf32_allowed
 
 WINDOWS = (3, 5)
 #: What GPU kernels take: they accumulate in float32.
@@ -44,6 +47,7 @@ def cm3a(
     Args:
         q, k_pan, v_pan, k_ms, v_ms: [B, C, H, W] of one shape, dtype and device, any strides; C = num_heads * D, head h
             holds channels h*D to (h+1)*D-1. float32, float64, bfloat16 or float16 (the last two accumulate in float32).
+            Under autocast they may differ in dtype and are cast to that of autocast.
         weight: [D, J, window, window], shared by heads, keys, values and modalities, any floating dtype. None:
             candidate j is the pixel at offset (j // window - window // 2, j % window - window // 2).
         bias: [D, J], only together with weight.
@@ -59,11 +63,14 @@ def cm3a(
         ValueError: shapes, dtypes, devices or options that do not fit.
         BackendError: the backend asked for cannot run the call.
     """
-    tensors = (q, k_pan, v_pan, k_ms, v_ms)
+    q, k_pan, v_pan, k_ms, v_ms = tensors = cast((q, k_pan, v_pan, k_ms, v_ms))
     scale = _check(tensors, weight, bias, num_heads, window, scale)
     chosen = select(OPERATOR, tensors, backend)
     if chosen == "reference":
-        return reference.cm3a(*tensors, weight, bias, num_heads=num_heads, window=window, scale=scale)
+        with plainly(q):
+            return reference.cm3a(
+                q, k_pan, v_pan, k_ms, v_ms, weight, bias, num_heads=num_heads, window=window, scale=scale
+            )
     if weight is not None:
         # Kernels read the small factor in the type they accumulate in.
         accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -75,7 +82,7 @@ def cm3a(
 
 
 def _check(
-    tensors: tuple[Tensor, ...],
+    tensors: Sequence[Tensor],
     weight: Tensor | None,
     bias: Tensor | None,
     num_heads: int,
@@ -211,6 +218,34 @@ def _selfcheck(backend: str, device: torch.device) -> None:
             torch.testing.assert_close(got.double().cpu(), want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
 
 
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (
+        (2, 2, 4, 5, 6),
+        (2, 2, 16, 9, 11),
+        (1, 3, 5, 1, 1),
+        (1, 1, 8, 21, 67),
+        (1, 2, 4, 1, 40),
+        (1, 2, 32, 13, 3),
+    )
+    for shape, learned, channels_last, window in itertools.product(shapes, (True, False), (False, True), WINDOWS):
+        batch, heads, dim, height, width = shape
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        maps = [torch.randn(batch, heads * dim, height, width, generator=generator) for _ in range(5)]
+        factor = []
+        if learned:
+            factor.append(torch.randn(dim, window**2, window, window, generator=generator) / window)
+            factor.append(torch.randn(dim, window**2, generator=generator))
+        yield Sample(
+            f"{batch}x{heads}x{dim}x{height}x{width} {window} learned={learned} channels_last={channels_last}",
+            functools.partial(cm3a, num_heads=heads, window=window),
+            (
+                *(each.to(device, dtype).contiguous(memory_format=layout) for each in maps),
+                *(each.to(device, dtype) for each in factor),
+            ),
+        )
+
+
 OPERATOR = register(
     Operator(
         name="cm3a",
@@ -221,5 +256,6 @@ OPERATOR = register(
             "reference": Support(devices=("cpu", "cuda", "xpu", "mps", "meta"), dtypes=FLOATING),
         },
         selfcheck=_selfcheck,
+        samples=_samples,
     )
 )

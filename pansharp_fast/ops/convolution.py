@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _library
-from ._backends import FLOATING, Operator, Support, register, select
+from ._backends import FLOATING, Operator, Sample, Support, cast, plainly, register, select
 
 
 def conv3x3(
@@ -36,7 +38,7 @@ def conv3x3(
         bias: [O], or [B, O] where it differs from image to image.
         scale, shift: [B, C], both or neither; `group_norm_factors` gives those of a group norm.
         silu: whether act is SiLU; otherwise it is nothing.
-        residual: [B, O, H, W] of x's dtype.
+        residual: [B, O, H, W] of x's dtype; under autocast, where the two differ, both are cast to that of autocast.
         backend: name of a backend, "auto" or None (see `pansharp_fast.ops.select`).
 
     Returns:
@@ -46,11 +48,14 @@ def conv3x3(
         ValueError: shapes or dtypes that do not fit.
         BackendError: the backend asked for cannot run the call.
     """
+    if residual is not None:
+        x, residual = cast((x, residual))
     optional = {"bias": bias, "scale": scale, "shift": shift, "residual": residual}
     tensors = [x, weight, *(tensor for tensor in optional.values() if tensor is not None)]
     _check(x, weight, bias, scale, shift, residual)
     if select(OPERATOR, tensors, backend) == "reference":
-        return reference.conv3x3(x, weight, bias, scale=scale, shift=shift, silu=silu, residual=residual)
+        with plainly(x):
+            return reference.conv3x3(x, weight, bias, scale=scale, shift=shift, silu=silu, residual=residual)
     bias, scale, shift = (None if t is None else t.float().contiguous() for t in (bias, scale, shift))
     return torch.ops.pansharp_fast.conv3x3_fwd(x, weight, bias, scale, shift, residual, silu)
 
@@ -89,7 +94,8 @@ def group_norm_factors(
             raise ValueError(f"{name}: expected shape {(channels,)}, got {tuple(tensor.shape)}")
     tensors = [x, *(tensor for tensor in (weight, bias) if tensor is not None)]
     if select(OPERATOR, tensors, backend) == "reference":
-        return reference.group_norm_factors(x, groups, weight, bias, eps=eps)
+        with plainly(x):
+            return reference.group_norm_factors(x, groups, weight, bias, eps=eps)
     weight, bias = (None if t is None else t.float().contiguous() for t in (weight, bias))
     return torch.ops.pansharp_fast.group_norm_factors(x, weight, bias, groups, eps)
 
@@ -156,6 +162,39 @@ _library.define(
     fake=_factors_fake,
 )
 
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    """Both operators of this file."""
+    generator = torch.Generator().manual_seed(0)
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, wide)
+
+    for batch, channels, outputs, height, width, silu in (
+        (2, 4, 3, 5, 6, True),
+        (1, 32, 32, 16, 16, False),
+        (2, 17, 40, 37, 21, True),
+        (3, 1, 1, 1, 1, True),
+        (1, 48, 129, 4, 70, True),
+    ):
+        x = random(batch, channels, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
+        weight = (random(outputs, channels, 3, 3) / (9 * channels) ** 0.5).to(dtype)
+        vectors = (random(batch, outputs), random(batch, channels) + 1, random(batch, channels))
+        residual = random(batch, outputs, height, width)
+        size = f"{batch}x{channels}x{height}x{width} {outputs}"
+
+        def convolve(*tensors: Tensor, backend: str | None, silu: bool = silu) -> tuple[Tensor, ...]:
+            x, weight, bias, scale, shift, residual = tensors
+            options: Any = {"bias": bias, "scale": scale, "shift": shift, "residual": residual, "silu": silu}
+            return (conv3x3(x, weight, **options, backend=backend),)
+
+        yield Sample(f"conv3x3 {size}", convolve, (x, weight, *vectors, residual.to(dtype)))
+        # Means away from zero: shifts are proportional to them.
+        yield Sample(f"factors {size}", functools.partial(group_norm_factors, groups=1), (x + 2,))
+
+
 _KERNEL: Any = (torch.float32, torch.bfloat16, torch.float16)
 OPERATOR = register(
     Operator(
@@ -164,5 +203,6 @@ OPERATOR = register(
             "cpu": Support(devices=("cpu",), dtypes=_KERNEL, check=_no_gradient),
             "reference": Support(devices=("cpu", "cuda", "xpu", "mps", "meta"), dtypes=FLOATING),
         },
+        samples=_samples,
     )
 )

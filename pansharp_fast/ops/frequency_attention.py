@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..reference import frequency_attention as reference
 from . import _library
-from ._backends import FLOATING, Operator, Support, register, select
+from ._backends import FLOATING, Operator, Sample, Support, cast, plainly, register, select
 
 
 def frequency_attention(
@@ -33,7 +34,8 @@ def frequency_attention(
     real the phase is exactly 0 or π. float16 and bfloat16 are transformed and attended in float32.
 
     Args:
-        q, k, v: [B, C, H, W], any H and W >= 1, any strides; float32, float64, bfloat16 or float16.
+        q, k, v: [B, C, H, W], any H and W >= 1, any strides; float32, float64, bfloat16 or float16. Under autocast they
+            may differ in dtype and are cast to that of autocast.
         num_heads: divides C; head h holds channels h·D to (h+1)·D - 1.
         scale: factor of the logits; None is D^-0.5.
         normalize: divide each pixel's C values by their L2 norm (at least 1e-12) before the transform.
@@ -48,6 +50,7 @@ def frequency_attention(
     """
     if q.ndim != 4 or not q.is_floating_point():
         raise ValueError(f"q: expected a floating-point tensor [B, C, H, W], got {q.dtype} {list(q.shape)}")
+    q, k, v = cast((q, k, v))
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape != q.shape or tensor.dtype != q.dtype or tensor.device != q.device:
             expected = f"{q.dtype} {list(q.shape)} on {q.device} as q"
@@ -59,7 +62,8 @@ def frequency_attention(
     chosen = select(OPERATOR, (q, k, v), backend, num_heads=num_heads)
     scale = (q.shape[1] // num_heads) ** -0.5 if scale is None else float(scale)
     if chosen == "reference":
-        return reference(q, k, v, num_heads=num_heads, scale=scale, normalize=normalize)
+        with plainly(q):
+            return reference(q, k, v, num_heads=num_heads, scale=scale, normalize=normalize)
     return _library.call("frequency_attention_fwd", chosen, q, k, v, num_heads, scale, normalize)[0]
 
 
@@ -295,6 +299,29 @@ def _head_fits(q: Tensor, *_: Tensor, num_heads: int | None = None) -> list[str]
     return [f"channels of a head: expected at most {most}, got {q.shape[1] // num_heads}"]
 
 
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    generator = torch.Generator().manual_seed(0)
+    # A small scale keeps the softmax away from saturation, where all gradients but v's vanish.
+    for shape, heads, scale, normalize in (
+        ((1, 4, 4, 5), 2, 0.1, True),
+        ((2, 6, 3, 4), 3, 0.1, False),
+        ((2, 8, 16, 16), 2, 0.02, True),
+        ((1, 6, 17, 19), 2, 0.02, False),
+        ((3, 9, 12, 1), 3, 0.1, True),
+        ((1, 5, 1, 13), 1, 0.1, True),
+        ((2, 8, 1, 1), 4, None, True),
+        ((1, 40, 9, 14), 2, 0.01, True),
+        ((1, 16, 24, 41), 4, 0.02, True),
+    ):
+        call = functools.partial(frequency_attention, num_heads=heads, scale=scale, normalize=normalize)
+        yield Sample(
+            f"{'x'.join(map(str, shape))} {heads} normalize={normalize}",
+            lambda *tensors, backend, call=call: (call(*tensors, backend=backend),),
+            tuple(torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3)),
+            {"num_heads": heads},
+        )
+
+
 OPERATOR = register(
     Operator(
         "frequency_attention",
@@ -305,5 +332,6 @@ OPERATOR = register(
             "reference": Support(("cpu", "cuda", "xpu", "mps"), FLOATING),
         },
         selfcheck=_selfcheck,
+        samples=_samples,
     )
 )

@@ -11,14 +11,14 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ..reference import wavelet as reference
 from . import _library
-from ._backends import FLOATING, Operator, Support, register, select, traced_as_constant
+from ._backends import FLOATING, Operator, Sample, Support, cast, plainly, register, select, traced_as_constant
 
 MODES = reference.MODES
 #: One level of coefficients: (cH, cV, cD), or the same three stacked [..., 3, H', W'].
@@ -152,6 +152,34 @@ def _check_triton(*_: torch.Tensor, mode: Any = "symmetric", **__: Any) -> list[
     ]
 
 
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    """Analysis (stacked and not) and synthesis of every border mode, of short and long filters, and dilated."""
+    generator = torch.Generator().manual_seed(0)
+    cases = [("db2", "bior1.3", "symmetric", 1, (2, 5, 8)), ("haar", "haar", "stationary", 2, (1, 4, 6))]
+    cases += [("db2", "db2", mode, 1, (1, 7, 10)) for mode in MODES]
+    cases += [("haar", "haar", mode, 1, (2, 33, 70)) for mode in MODES]
+    cases += [("db4", "bior4.4", mode, 1, (1, 19, 130)) for mode in MODES]
+    cases += [("db3", "db2", "stationary", 4, (2, 8, 40)), ("dmey", "dmey", "reflect", 1, (1, 6, 10))]
+    for wavelet, second, mode, dilation, (planes, height, width) in cases:
+        index = MODES.index(mode)
+        level = Level(_filters(wavelet, "dec"), _filters(second, "dec"), index, index, dilation)
+        size = (planes, height, width)
+        x = torch.randn(size, generator=generator).to(device, dtype)
+        shape = _band_shape(x, *level)
+        bands = tuple(torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+        name = f"{wavelet} {second} {mode} {dilation}"
+        yield Sample(
+            f"analysis {name}", lambda x, backend, level=level: (_analysis(x, level, backend),), (x,), level.options
+        )
+        yield Sample(
+            f"synthesis {name}",
+            lambda *bands, backend, level=level, size=size: (_synthesis(bands, level, size[1:], backend),),
+            bands,
+            level.options,
+        )
+        yield Sample(f"bands {name}", lambda x, backend, level=level: _bands_of(x, level, backend), (x,), level.options)
+
+
 OPERATOR = register(
     Operator(
         "wavelet",
@@ -162,6 +190,7 @@ OPERATOR = register(
             "reference": Support(("cpu", "cuda", "xpu", "mps", "meta"), FLOATING),
         },
         selfcheck=_selfcheck,
+        samples=_samples,
     )
 )
 
@@ -170,7 +199,8 @@ def _analysis(x: torch.Tensor, level: Level, backend: str | None = None) -> torc
     """[N, H, W] -> [N, 4, H', W'] on the chosen backend."""
     chosen = select(OPERATOR, [x], backend, **level.options)
     if chosen == "reference":
-        return reference.analysis(x, level.taps_y, level.taps_x, *level.modes, level.dilation)
+        with plainly(x):
+            return reference.analysis(x, level.taps_y, level.taps_x, *level.modes, level.dilation)
     return _library.call("wavelet_fwd", chosen, x, *level)
 
 
@@ -189,7 +219,8 @@ def _synthesis(
     """Four bands [N, H', W'] -> [N, *size], the transpose of `_analysis`."""
     chosen = select(OPERATOR, bands, backend, **level.options)
     if chosen == "reference":
-        return reference.synthesis(bands, level.taps_y, level.taps_x, *level.modes, level.dilation, *size)
+        with plainly(bands[0]):
+            return reference.synthesis(bands, level.taps_y, level.taps_x, *level.modes, level.dilation, *size)
     return _library.call("wavelet_bwd", chosen, *bands, *level, *size)
 
 
@@ -243,11 +274,22 @@ def _both_filters(wavelet: Any, bank: str, scale: float = 1.0) -> tuple[list[flo
 
 
 def _both_modes(mode: Any) -> tuple[int, int]:
-    modes = _pair("mode", mode)
-    for each in modes:
-        if each not in MODES or each == "stationary":
-            raise ValueError(f"mode: expected one of {MODES[:-1]}, got {each!r}")
-    return MODES.index(modes[0]), MODES.index(modes[1])
+    first, second = (_mode_index(each) for each in _pair("mode", mode))
+    return first, second
+
+
+@traced_as_constant
+def _mode_index(mode: Any) -> int:
+    """Place in `MODES` of a border mode, by whatever PyWavelets takes: name, older name ("per"), `pywt.Modes`."""
+    if mode in MODES[:-1]:
+        return MODES.index(mode)
+    import pywt
+
+    try:
+        number = pywt.Modes.from_object(mode)
+    except (TypeError, ValueError):
+        raise ValueError(f"mode: expected one of {MODES[:-1]} or of pywt.Modes, got {mode!r}") from None
+    return next(index for index, name in enumerate(MODES) if getattr(pywt.Modes, name) == number)
 
 
 def _both_axes(axes: Sequence[int], dim: int, stack: bool) -> tuple[int, int]:
@@ -310,13 +352,17 @@ def _bands(coeffs: Any) -> tuple[list[torch.Tensor], torch.Size]:
         raise ValueError("coeffs: expected at least one band, got None only")
     for band in given:
         _check_tensor("coeffs", band)
+    given = cast(given, widest=True)
+    for band in given:
         if band.shape != given[0].shape or band.dtype != given[0].dtype:
             raise ValueError(
                 f"coeffs: expected bands of one shape and dtype, got {tuple(given[0].shape)} {given[0].dtype} and "
                 f"{tuple(band.shape)} {band.dtype}"
             )
-    zero = given[0].new_zeros(()).expand(given[0].shape) if len(given) < 4 else None
-    return [_planes(zero if band is None else band) for band in found], given[0].shape  # type: ignore[arg-type]
+    shape = given[0].shape
+    zero = given[0].new_zeros(()).expand(shape) if len(given) < 4 else None
+    rest = iter(given)
+    return [_planes(zero if band is None else next(rest)) for band in found], shape  # type: ignore[arg-type]
 
 
 def _check_size(x: torch.Tensor, modes: tuple[str, str]) -> None:
@@ -358,7 +404,7 @@ def dwt2(
     Args:
         data: [..., H, W], float32, float64, bfloat16 or float16 (half types accumulate in float32); any strides.
         wavelet: name of a discrete wavelet of PyWavelets, a `pywt.Wavelet`, or a pair of those, one per axis.
-        mode: border mode of PyWavelets, or a pair, one per axis.
+        mode: border mode of PyWavelets, by name or as `pywt.Modes`, or a pair, one per axis.
         axes: the two axes to transform; wavelets and modes given as pairs follow their order.
         stack: return one tensor [..., 4, H', W'] holding cA, cH, cV, cD instead; free of copies.
         backend: cuda, triton, cpu or reference; None chooses.
@@ -407,7 +453,8 @@ def idwt2(
     """Inverse of `dwt2`, as `pywt.idwt2`.
 
     Args:
-        coeffs: (cA, (cH, cV, cD)), where None stands for zeros, or a stacked tensor [..., 4, H', W'].
+        coeffs: (cA, (cH, cV, cD)), where None stands for zeros, or a stacked tensor [..., 4, H', W']. Under autocast
+            bands may differ in dtype, here and in the other inverses: the widest is computed in.
         wavelet, mode, axes, backend: as in `dwt2`.
 
     Returns:

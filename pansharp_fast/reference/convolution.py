@@ -34,9 +34,9 @@ def group_norm_factors(
     x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
     """As `pansharp_fast.ops.group_norm_factors`."""
-    batch, channels = x.shape[:2]
+    batch, channels, height, width = x.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    grouped = x.reshape(batch, groups, -1).to(wide)
+    grouped = x.reshape(batch, groups, channels // groups * height * width).to(wide)
     variance, mean = torch.var_mean(grouped, 2, correction=0)
     slope = (variance + eps).rsqrt().repeat_interleave(channels // groups, 1)
     if weight is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,8 +13,10 @@ import pytest
 import torch
 
 import pansharp_fast
+from pansharp_fast import ops
 from pansharp_fast.ops import BackendError, Operator, Support, explain, select, use_backend
 from pansharp_fast.ops import _backends as backends
+from tests.support import backends as support
 
 FLOAT = (torch.float32,)
 
@@ -108,6 +112,84 @@ def test_a_failed_selfcheck_warns_once_and_falls_back(monkeypatch: pytest.Monkey
         select(wrong, [x], "cuda")
 
 
+def test_a_named_backend_that_fails_its_selfcheck_raises_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(backend: str, device: torch.device) -> None:
+        raise AssertionError("values differ")
+
+    wrong = Operator("wrong if named", {"cuda": Support(("meta",), FLOAT)}, check)
+    monkeypatch.setattr(backends, "unavailable", lambda backend: None)
+    for _ in range(2):
+        with pytest.raises(
+            BackendError, match=r"asked for 'cuda', which cannot run: self-check on meta .*values differ"
+        ):
+            select(wrong, [torch.zeros(1, device="meta")], "cuda")
+
+
+def test_threads_wait_for_a_selfcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them runs a kernel that is being compared, but the comparison itself."""
+    x, started, release = torch.zeros(1, device="meta"), threading.Event(), threading.Event()
+    inside, outside = [], []
+
+    def check(backend: str, device: torch.device) -> None:
+        inside.append(select(slow, [x], backend))
+        started.set()
+        release.wait(60)
+        raise AssertionError("values differ")
+
+    slow = Operator("slow", {"cuda": Support(("meta",), FLOAT), "reference": Support(("meta",), FLOAT)}, check)
+    monkeypatch.setattr(backends, "unavailable", lambda backend: None)
+    threads = [threading.Thread(target=lambda: outside.append(select(slow, [x])), daemon=True) for _ in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        threads[0].start()
+        assert started.wait(60)
+        for thread in threads[1:]:
+            thread.start()
+        release.set()
+        for thread in threads:
+            thread.join(60)
+    assert inside == ["cuda"]
+    assert outside == ["reference"] * 3
+
+
+def test_a_choice_is_its_threads_own() -> None:
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.requested()[0]))
+        thread.start()
+        thread.join()
+        assert backends.requested()[0] == "reference"
+    assert seen == [os.environ.get(backends.VARIABLE) or "auto"]
+
+
+def test_a_compiled_graph_follows_the_choice() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    x, counter = torch.randn(1, 4, 3, 3), CompileCounter()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: ops.cm3a(x, x, x, x, x, num_heads=1), fullgraph=True, backend=counter)
+    compiled(x)
+    kernel = counter.op_count
+    with use_backend("reference"):
+        compiled(x)
+    assert counter.frame_count == 2
+    assert counter.op_count > kernel + 10
+
+
+@pytest.mark.parametrize(
+    ("backend", "gpu", "skipped"),
+    [("cpu", False, False), ("cuda", False, True), ("cuda", True, False), ("triton", True, False)],
+)
+def test_what_does_not_run_on_a_gpu_machine_is_not_skipped(
+    monkeypatch: pytest.MonkeyPatch, backend: str, gpu: bool, skipped: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(support, "interpreting", lambda: False)
+    monkeypatch.setattr(support, "unavailable", lambda name: None if name == "cpu" else "it does not load")
+    parameter = support.parameter(backend)
+    assert [mark.name for mark in parameter.marks] == ["gpu"] * (backend != "cpu") + ["skip"] * skipped
+
+
 def test_a_passed_selfcheck_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     right = Operator("right", {"cuda": Support(("meta",), FLOAT)}, lambda backend, device: calls.append(backend))
@@ -132,9 +214,8 @@ def test_selfchecks_run_in_any_mode(name: str, mode: Callable[[], AbstractContex
 def test_a_captured_call_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     untouched = Operator("untouched", {"cuda": Support(("cuda",), FLOAT)}, lambda backend, device: 1 / 0)
-    assert backends._selfcheck(untouched, "cuda", torch.device("cuda", 0))
-    assert not untouched.passed
-    assert not untouched.failed
+    assert backends._selfcheck(untouched, "cuda", torch.device("cuda", 0)) is None
+    assert not [key for key in backends._verdicts if key[0] == "untouched"]
 
 
 def test_a_missing_library_keeps_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

@@ -116,6 +116,40 @@ def test_every_mode_is_pywavelets(backend: str, wavelet: str, mode: str) -> None
         same(idwt2(nested(expected), wavelet, mode, backend=backend), pywt.idwt2(expected, wavelet, mode))
 
 
+@pytest.mark.filterwarnings("ignore:.* has been renamed:DeprecationWarning")
+@pytest.mark.parametrize("mode", ["per", "sym", "zpd", "cpd", "ppd", "sp1", *range(len(pywt.Modes.modes))])
+def test_modes_by_what_pywavelets_takes(mode: Any) -> None:
+    """Older names, and the numbers that `pywt.Modes.symmetric` and its like are."""
+    x = random(7, 10)
+    same(dwt2(x, "db2", mode), pywt.dwt2(x.numpy(), "db2", mode))
+    same(wavedec2(x, "haar", (mode, "symmetric"), 1), pywt.wavedec2(x.numpy(), "haar", (mode, "symmetric"), 1))
+    same(
+        waverec2(wavedec2(x, "db2", mode, 1), "db2", mode),
+        pywt.waverec2(pywt.wavedec2(x.numpy(), "db2", mode, 1), "db2", mode),
+    )
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_autocast_takes_bands_of_several_dtypes(backend: str | None) -> None:
+    """As `torch.cat` does, and in the dtype that it gives; without autocast they are refused."""
+    a, details = dwt2(random(2, 8, 10, dtype=torch.float32), "db2")
+    coarse = a.bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = idwt2((coarse, details), "db2", backend=backend)
+        several = waverec2([coarse, (None, *details[1:])], "db2", backend=backend)
+        stationary = iswt2([(coarse, details)], "db2", backend=backend)
+    for got, want in (
+        (actual, idwt2((coarse.float(), details), "db2", backend=backend)),
+        (several, waverec2([coarse.float(), (None, *details[1:])], "db2", backend=backend)),
+        (stationary, iswt2([(coarse.float(), details)], "db2", backend=backend)),
+    ):
+        assert got.dtype == torch.cat([coarse, *details]).dtype == torch.float32
+        torch.testing.assert_close(got, want)
+    assert torch.autograd.grad(actual.sum(), coarse)[0].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="one shape and dtype"):
+        idwt2((coarse, details), "db2", backend=backend)
+
+
 @backends
 def test_wavelet_mode_and_axes_per_axis(backend: str) -> None:
     x = random(9, 3, 14)
@@ -614,6 +648,8 @@ X = torch.zeros(4, 6)
         (lambda: dwt2(X, "morl"), ValueError, "wavelet: expected a name .* got 'morl'"),
         (lambda: dwt2(X, 3), TypeError, "wavelet: expected a name or a pywt.Wavelet, got int"),
         (lambda: dwt2(X, "haar", "mirror"), ValueError, "mode: expected one of .* got 'mirror'"),
+        (lambda: dwt2(X, "haar", 9), ValueError, "mode: expected one of .* or of pywt.Modes, got 9"),
+        (lambda: dwt2(X, "haar", None), ValueError, "mode: expected one of .* got None"),
         (lambda: dwt2(X, "haar", "stationary"), ValueError, "mode: expected one of .* got 'stationary'"),
         (lambda: dwt2(X, "haar", axes=(0, 0)), ValueError, "axes: expected two different axes"),
         (lambda: dwt2(X, "haar", axes=(0, 2)), ValueError, "axes: expected two axes of a 2-dimensional"),
