@@ -19,7 +19,7 @@ demo: build
 	$(BIN)/pansharp-fast demo --out demo_output
 
 # A worker a core; tests of a file stay together, as they share what is made for them.
-PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadscope
+PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 # What CPU kernels compute, once more as older CPUs run them.
 VALUES := -m values -k "cpu or convolution or ulp or big" tests/ops
 

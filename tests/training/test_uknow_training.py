@@ -30,6 +30,7 @@ def losses(folder):
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_real_files_end_to_end(shared, tmp_path):
     folder = shared / "data" / "GF2"
     settings = {
