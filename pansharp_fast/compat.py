@@ -18,7 +18,7 @@ from .nn.cm3a import CM3A
 from .nn.convolution import Conv3x3
 from .nn.frequency_attention import FrequencyAttention
 from .nn.plain import hooked, pads_with_zeros
-from .options import ATTENTION_KEYS, expect
+from .options import ATTENTION_KEYS, expect, shortened
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
@@ -281,16 +281,21 @@ def _compare(module: nn.Module, twin: nn.Module, channels: tuple[int, ...]) -> N
     twin.eval()
     try:
         expected, results = module(*inputs), twin(*inputs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"model: expected {type(module).__name__} to take (x, ms, lpan, pan, s) as the public release's attention, "
+            f"got {shortened(error)}"
+        ) from error
     finally:
         for each, mode in modes:
             each.training = mode
     tolerance = {torch.float32: 1e-3, torch.float64: 1e-6}.get(like.dtype, 0.1)
     for theirs, ours in zip(expected, results, strict=True):
-        error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
-        if error > tolerance:
+        difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
+        if difference > tolerance:
             raise ValueError(
                 f"model: expected {type(module).__name__} to compute the public release's attention (attention_keys "
-                f"released, or aligned), got results that differ by {error:.1%} of the largest value"
+                f"released, or aligned), got results that differ by {difference:.1%} of the largest value"
             )
 
 

@@ -282,6 +282,15 @@ def test_accelerate_refuses_what_it_cannot_carry_over(change, message):
     assert isinstance(model.first, ExpandedAttention)  # nothing was replaced
 
 
+def test_accelerate_refuses_another_forward():
+    class Other(ExpandedAttention):
+        def forward(self, x, everything):
+            return super().forward(x, *everything)
+
+    with pytest.raises(ValueError, match=r"expected Other to take \(x, ms, lpan, pan, s\)"):
+        accelerate(Other(16, 4, 3, True))
+
+
 def test_accelerate_takes_options_that_do_nothing():
     model = ExpandedAttention(16, 4, 3, True)
     model.q_norm, model.attn_drop, model.proj_drop, model.qk_norm = (
