@@ -39,6 +39,8 @@ PREVIEWS = (".png", ".jpg", ".jpeg")
 PREVIEW_SIDE = 1024
 #: Side of a file's blocks, at most.
 BLOCK = 512
+#: Relative distance from nodata up to which GDAL may take a float for it: some of float32's last places.
+NODATA_REACH = 1e-6
 
 
 class Source(Protocol):
@@ -166,13 +168,16 @@ def to_pixels(
     """Values [C,H,W] as `dtype`, rounded and clipped where integer; invalid pixels are nodata and no valid one is."""
     if dtype.kind == "f":
         pixels = values.astype(dtype)
-        above = None if nodata is None else np.nextafter(dtype.type(nodata), dtype.type(np.inf))
+        if nodata is not None and math.isfinite(nodata):
+            near = NODATA_REACH * abs(nodata)
+            above = nodata + 2 * near if nodata + 2 * near <= np.finfo(dtype).max else nodata - 2 * near
+            pixels[np.abs(pixels - nodata) <= near] = above or np.finfo(dtype).smallest_subnormal
     else:
         limits = np.iinfo(dtype)
         pixels = values.astype(np.float64).round().clip(limits.min, limits.max).astype(dtype)
-        above = None if nodata is None else int(nodata) + (1 if nodata < limits.max else -1)
+        if nodata is not None:
+            pixels[pixels == nodata] = int(nodata) + (1 if nodata < limits.max else -1)
     if nodata is not None:
-        pixels[pixels == nodata] = above
         pixels[:, ~valid] = nodata
     return pixels
 

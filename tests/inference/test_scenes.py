@@ -13,6 +13,7 @@ from rasterio.windows import Window
 import pansharp_fast
 from pansharp_fast.demo import SCENES
 from pansharp_fast.inference import sharpen_scene
+from pansharp_fast.inference.output import to_pixels
 
 from .conftest import GRID, NAMES
 from .local_model import LocalModel
@@ -276,6 +277,20 @@ def test_valid_pixels_never_take_the_nodata_value(raster):
     ms = raster("ms.tif", np.zeros((4, 8, 8), np.uint16), transform=GRID * Affine.scale(4), nodata=9)
     assert (run(pan, ms) == 0).all(), "0 is not the declared value"
     assert (run(pan, ms, nodata=0) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("value", [5.0, -0.25, 3e30, 0.0])
+def test_valid_floats_next_to_the_nodata_value(raster, dtype, value):
+    """GDAL takes neighbours of the value for it, too."""
+    places = np.spacing(np.float32(value)) * np.arange(-12, 13, dtype=np.float32)
+    values = (np.float32(value) + places).reshape(1, 5, 5)
+    out = to_pixels(values, np.ones((5, 5), bool), np.dtype(dtype), value)
+    np.testing.assert_allclose(out, values, rtol=4e-6, atol=1e-44)
+    with rasterio.open(raster("out.tif", out, nodata=value)) as file:
+        assert file.read_masks().all()
+    out = to_pixels(values, np.zeros((5, 5), bool), np.dtype(dtype), value)
+    assert (out == np.dtype(dtype).type(value)).all()
 
 
 def test_all_nodata_is_refused_and_leaves_nothing(scene, tmp_path):

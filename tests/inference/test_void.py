@@ -1,6 +1,8 @@
-"""Where OUT holds data: over random ways to say where PAN and MS do, on any grid, moved or not."""
+"""Where OUT holds data, and of what: over random ways to say where PAN and MS do, on any grid, moved or not."""
 
+import math
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -64,3 +66,116 @@ def test_void_pixels_of_out(tmp_path, facts, d, holes):
     for some in holds:
         np.testing.assert_array_equal(some, truth)
     assert np.isfinite(values[:, truth].astype(float)).all()
+
+
+#: Where the area of the first MS pixel begins on PAN (pixel corners), rows and columns.
+STARTS = {"aligned": (0, 0), "south-up": (0, 0), "offset": (-0.7, 1.3)}
+
+
+@st.composite
+def scenes(draw: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An MS raster with facts on PAN, and options of `sharpen_scene`."""
+    facts = draw(rasters().filter(lambda facts: facts["grid"] in STARTS))
+    facts["pan"] = draw(st.sampled_from([None, "nodata", "mask"]))
+    options = {
+        "method": draw(st.sampled_from(["bt-h", "gsa", "brovey", "mtf-glp-fs"])),
+        "frame": draw(st.sampled_from(["pan", "ms"])),
+        "tile": draw(st.sampled_from([None, 48])),
+    }
+    shift = draw(st.sampled_from([None, (2.25, -1.6)]))
+    return facts, options | ({"register": "off"} if shift is None else {"shift": shift})
+
+
+def write_pan(path, image, facts, holds):
+    profile = {"driver": "GTiff", "count": 1, "height": PAN_SIDE, "width": PAN_SIDE, "dtype": "uint16"}
+    nodata = 9 if facts["pan"] == "nodata" else None
+    with rasterio.open(path, "w", transform=GRID, crs=CRS, nodata=nodata, **profile) as file:
+        file.write(image[None])
+        if facts["pan"] == "mask":
+            file.write_mask(holds)
+
+
+def reference(options, grid, pan_holds, ms_holds):
+    """Pixel by pixel: PAN holds data, and every band does in the MS pixel whose area contains the place."""
+    dy, dx = options.get("shift", (0, 0))
+    out = np.zeros((PAN_SIDE, PAN_SIDE), bool)
+    for y, x in np.ndindex(out.shape):
+        if options["frame"] == "pan":
+            pan, place = (y, x), (y + dy, x + dx)
+        else:
+            pan, place = (math.floor(y - dy + 0.5), math.floor(x - dx + 0.5)), (y, x)
+        row, column = (math.floor((p + 0.5 - s) / 4) for p, s in zip(place, STARTS[grid], strict=True))
+        row = SIDE - 1 - row if grid == "south-up" else row
+        if min(pan) >= 0 and max(pan) < PAN_SIDE and 0 <= row < SIDE and 0 <= column < SIDE:
+            out[y, x] = pan_holds[pan] and ms_holds[:, row, column].all()
+    return out
+
+
+def disturbed(image, facts, mask, used, rng):
+    """The same raster with other values where nothing is read: under masks, in other bands, and other nodata."""
+    image, facts = image.copy(), dict(facts)
+    alpha = facts["alpha"] and facts["count"] not in used
+    hidden = ~mask if facts["mask"] else image[-1] == 0 if alpha else np.zeros((SIDE, SIDE), bool)
+    for band in range(facts["count"] - alpha):
+        where = hidden if band + 1 in used else np.ones((SIDE, SIDE), bool)
+        image[band][where] = rng.integers(0, 127, where.sum())
+        if image.dtype.kind == "f" and band + 1 in used:
+            image[band][where & (rng.random(where.shape) < 0.3)] = np.nan
+        own = facts["own"][band]
+        if own is not None and own == own:
+            image[band][~hidden & (image[band] == own)] = 120
+    facts["own"] = [120 if own is not None and own == own else own for own in facts["own"]]
+    return image, facts
+
+
+def sharpened(folder, facts, options):
+    out, ms = folder / "out.tif", folder / ("ms.vrt" if facts["layout"] == "vrt" else "ms.tif")
+    options = options | {"bands": facts["chosen"], "nodata": facts["asked"], "dtype": "float32", "overwrite": True}
+    sharpen_scene(folder / "pan.tif", ms, out, **options)
+    with rasterio.open(out) as file:
+        return file.read(), file.read_masks() != 0
+
+
+def with_noise(read):
+    """A reader of `RasterPair` that has anything where it says that there is no data."""
+    rng = np.random.default_rng(0)
+
+    def noisy(*arguments):
+        values, valid = read(*arguments)
+        return np.where(valid, values, rng.uniform(-1e4, 1e4, values.shape)).astype(np.float32), valid
+
+    return noisy
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scene=scenes())
+def test_nothing_void_goes_into_out(tmp_path, scene):
+    """OUT holds data where it should in both frames, and stays the same bit for bit whatever stands in void pixels."""
+    facts, options = scene
+    rng = np.random.default_rng(facts["seed"] + 1)
+    image, mask = pixels(facts)
+    written(tmp_path, facts, image, mask)
+    used = facts["chosen"] or list(range(1, facts["count"] + 1 - facts["alpha"]))
+    holds = np.stack([expected(facts, image, mask, band) for band in used])
+    pan = rng.integers(40, 90, (PAN_SIDE, PAN_SIDE)).astype(np.uint16)
+    pan_holds = np.ones((PAN_SIDE, PAN_SIDE), bool)
+    if facts["pan"] is not None:
+        pan_holds = rng.random((PAN_SIDE, PAN_SIDE)) > 0.01
+        pan_holds[:7, 20:] = False
+        pan[~pan_holds] = 9
+    write_pan(tmp_path / "pan.tif", pan, facts, pan_holds)
+    truth = reference(options, facts["grid"], pan_holds, holds)
+    values, valid = sharpened(tmp_path, facts, options)
+    np.testing.assert_array_equal(valid, np.broadcast_to(truth, valid.shape))
+    assert np.isfinite(values[valid]).all()
+
+    other, facts = disturbed(image, facts, mask, used, rng)
+    written(tmp_path, facts, other, mask)
+    if facts["pan"] == "mask":
+        pan[~pan_holds] = 65000
+    write_pan(tmp_path / "pan.tif", pan, facts, pan_holds)
+    readers = {name: with_noise(getattr(RasterPair, name)) for name in ("read_pan", "read_ms")}
+    with mock.patch.multiple(RasterPair, **readers):
+        again, still = sharpened(tmp_path, facts, options)
+    np.testing.assert_array_equal(still, valid)
+    np.testing.assert_array_equal(again[valid], values[valid])
