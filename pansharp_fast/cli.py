@@ -405,8 +405,9 @@ def train() -> None:
 @click.argument("pan", type=click.Path())
 @click.argument("ms", type=click.Path())
 @click.argument("out", type=click.Path(dir_okay=False))
-@click.option("--sensor", required=True, help="Sensor whose MTF degrades MS (WV2, WV3, QB, GF2, ..., default).")
-@click.option("--patch", default=64, show_default=True, help="Side of a patch, in MS pixels; a multiple of 4.")
+@click.option("--sensor", help="Sensor whose MTF degrades MS  [default: what the metadata name, else a gain of .3].")
+@click.option("--mtf", metavar="G,G,...", callback=_values, help="MTF gains at Nyquist, one or one a band.")
+@click.option("--patch", default=64, show_default=True, help="Side of a patch, in MS pixels; a multiple of the ratio.")
 @click.option("--overlap", default=4, show_default=True, help="Low-resolution pixels shared by neighbouring patches.")
 @click.option("--valid-out", type=click.Path(dir_okay=False), help="File for patches of the scene's right part.")
 @click.option("--valid-share", default=0.2, show_default=True, help="Share of the columns that goes to --valid-out.")
@@ -417,7 +418,7 @@ def train() -> None:
     metavar="DY,DX",
     callback=_numbers,
     help="Displacement of MS against PAN in PAN pixels, down and right positive: MS shows at p + (DY, DX) what PAN "
-    "shows at p. PAN is moved by it; fractions are allowed  [default: 0,0].",
+    "shows at p. Undone as --frame says; fractions are allowed  [default: 0,0].",
 )
 @click.option(
     "--register",
@@ -431,7 +432,7 @@ def train() -> None:
     type=click.Choice(["ms", "pan"]),
     default="ms",
     show_default=True,
-    help="With --register auto: move PAN to the bands' median, or every band to PAN.",
+    help="Move PAN by --shift or to the bands' median, or every band to PAN.",
 )
 @click.option(
     "--phase",

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .grid import RATIO
 from .resample import interp23, lpan
 from .sensors import Sensor, get_sensor
 
@@ -73,8 +74,8 @@ class PanCollection(Dataset[dict[str, torch.Tensor]]):
         lms: add the 23-tap interpolation of `ms`.
 
     Raises:
-        ValueError: neither sensor nor peak is given, a data set is missing, shapes disagree, or `lpan_file` shows
-            other scenes than `pan`.
+        ValueError: neither sensor nor peak is given, a data set is missing, shapes disagree, the file's attributes
+            name another ratio than 4 or phase than 2, or `lpan_file` shows other scenes than `pan`.
         OSError: a file cannot be read as HDF5.
     """
 
@@ -101,6 +102,7 @@ class PanCollection(Dataset[dict[str, torch.Tensor]]):
             file = self._open(self.path)
             names = sorted(file)
             shapes = {name: file[name].shape for name in ("ms", "pan", "gt") if name in names}
+            grid = [float(file.attrs.get(name, usual)) for name, usual in (("ratio", RATIO), ("phase", RATIO / 2))]
         missing = [name for name in ("ms", "pan") if name not in names]
         if missing:
             raise ValueError(f"{path}: expected data sets ms and pan, got {names} (missing {', '.join(missing)})")
@@ -109,6 +111,11 @@ class PanCollection(Dataset[dict[str, torch.Tensor]]):
             raise ValueError(f"{path}: ms: expected [N, C, h, w] with N > 0, got {ms}")
         if 0 in ms or 16 * 8 * math.prod(ms[1:]) > _LARGEST_SAMPLE:
             raise ValueError(f"{path}: ms: expected samples of at least one pixel and at most 1 GiB, got {ms}")
+        if grid != [RATIO, RATIO / 2]:
+            raise ValueError(
+                f"{path}: expected ratio {RATIO} and phase {RATIO / 2:g}, which networks are trained at, got ratio "
+                f"{grid[0]:g} and phase {grid[1]:g}"
+            )
         self.has_gt = "gt" in shapes
         self._expect(path, "pan", pan, (ms[0], 1, 4 * ms[2], 4 * ms[3]))
         if self.has_gt:

@@ -133,6 +133,21 @@ def get_sensor(sensor: str | Sensor) -> Sensor:
     return SENSORS[key]
 
 
+def gains_of(sensor: Sensor, mtf: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """MTF gains of all bands of a pair: those given, else the sensor's; their mean where it has another number.
+
+    Raises:
+        ValueError: another number of gains is given, or one is not between 0 and 1.
+    """
+    if mtf is not None:
+        values = tuple(float(value) for value in mtf)
+        if len(values) not in (1, count) or not all(0 < value < 1 for value in values):
+            raise ValueError(f"mtf: expected 1 or {count} gains between 0 and 1, got {values}")
+        return values * count if len(values) == 1 else values
+    own = sensor.mtf_ms
+    return own if len(own) == count else (sum(own) / len(own),) * count
+
+
 #: How products name a sensor in their metadata (GDAL's IMAGERY domain, the provider's own tags) -> key of `SENSORS`.
 _IN_METADATA = {
     r"\bWV0?2\b|WORLD-?VIEW-?0?2": "WV2",

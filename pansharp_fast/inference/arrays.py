@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.grid import Both, both_ratios, check_pair, default_phase, fit_ratio
 from ..data.registration import REACH, Arrays, Registration
-from ..data.sensors import Sensor, get_sensor
+from ..data.sensors import Sensor, gains_of, get_sensor
 from . import engine as engines
 from .sharpener import Sharpener, SharpeningModel
 from .tiles import Span, blend, plan
@@ -158,7 +158,7 @@ def _sharpen(
     phases = default_phase(phase, ratios)
     known = get_sensor(sensor)
     count = ms_values.shape[1]
-    gains = known.gains(count) if mtf is None else engines.gains_of(known, mtf, count)
+    gains = known.gains(count) if mtf is None else gains_of(known, mtf, count)
     if isinstance(ms, Tensor) and device is None:
         device = ms.device
     if weights is not None:

@@ -19,7 +19,6 @@ from .. import classical
 from ..data.grid import RATIO
 from ..data.observation import AUTO_STEPS, observe, resample
 from ..data.registration import Registration, Source, measure
-from ..data.sensors import Sensor
 from ..options import FRAMES, expect
 from .placed import Means, Placed
 from .sharpener import Sharpener
@@ -368,21 +367,6 @@ def options(engine: Any, tile: int | None, overlap: int | None) -> tuple[int, in
         reach = engine.overlap * max(1.0, max(engine.job.source.ratio) / RATIO)
         overlap = min(math.ceil(reach / 16) * 16, max(0, (tile // 2 - 1) // 16 * 16))
     return tile, overlap
-
-
-def gains_of(sensor: Sensor, mtf: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """MTF gains of all bands of a pair: those given, else the sensor's; their mean where it has another number.
-
-    Raises:
-        ValueError: another number of gains is given, or one is not between 0 and 1.
-    """
-    if mtf is not None:
-        values = tuple(float(value) for value in mtf)
-        if len(values) not in (1, count) or not all(0 < value < 1 for value in values):
-            raise ValueError(f"mtf: expected 1 or {count} gains between 0 and 1, got {values}")
-        return values * count if len(values) == 1 else values
-    own = sensor.mtf_ms
-    return own if len(own) == count else (sum(own) / len(own),) * count
 
 
 def find_registration(

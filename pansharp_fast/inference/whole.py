@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..data.rasters import RasterPair
 from ..data.registration import REACH, Registration
-from ..data.sensors import Sensor, get_sensor, sensor_in
+from ..data.sensors import Sensor, gains_of, get_sensor, sensor_in
 from ..data.sources import check_local
 from ..files import atomic
 from ..options import DTYPES, expect
@@ -194,7 +194,7 @@ def sharpen_scene(
     )
     with rasterio.Env(GDAL_CACHEMAX=CACHE_MIB), RasterPair(pan, ms, bands=bands, nodata=nodata, phase=phase) as pair:
         known = get_sensor(sensor_in(pair.ms_file, pair.pan_file) if sensor is None else sensor)
-        gains = engines.gains_of(known, mtf, len(pair.image_bands))
+        gains = gains_of(known, mtf, len(pair.image_bands))
         if shift is not None:
             register = Registration.given(shift, len(pair.bands))
         registration = engines.find_registration(register, pair, pair.image_bands, pair.bands, gains, reach)

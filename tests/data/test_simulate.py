@@ -11,8 +11,10 @@ from rasterio.enums import ColorInterp
 from scipy import ndimage
 
 from pansharp_fast.cli import main
+from pansharp_fast.data.hdf5 import PanCollection
 from pansharp_fast.data.mtf import decimate, mtf_filter
-from pansharp_fast.data.registration import measure
+from pansharp_fast.data.observation import move
+from pansharp_fast.data.registration import Registration, measure
 from pansharp_fast.data.resample import imresize, interp23
 from pansharp_fast.data.simulate import patches, read_pair, simulate, simulate_pair
 
@@ -51,6 +53,10 @@ def test_protocol(scene):
     np.testing.assert_array_equal(images["gt"], gt[0].numpy())
     assert images["valid"].all()
     assert images["valid"].shape == (16, 20)
+    assert "displacement" not in images
+    exact = {"ms": expected, "pan": reduced, "lms": interp23(expected)}
+    for name, image in exact.items():  # the toolbox's, bit for bit
+        np.testing.assert_array_equal(images[name], image[0].float().numpy())
 
 
 def test_command_writes_two_parts_that_share_nothing(scene):
@@ -65,7 +71,6 @@ def test_command_writes_two_parts_that_share_nothing(scene):
             "ms": (4, 4, 4),
             "lms": (4, 16, 16),
             "pan": (1, 16, 16),
-            "displacement": (4, 2),
         }
         # 16 rows and 12 + 8 columns of low-resolution pixels, side 4, step 3.
         assert len(train["gt"]) == 5 * 3
@@ -78,7 +83,7 @@ def test_command_writes_two_parts_that_share_nothing(scene):
     assert "expected a new file" in again.output
 
 
-@pytest.mark.parametrize("ratio", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("ratio", [2, 3, 4, 5, 6, 7, 8])
 def test_other_ratios(tmp_path, ratio):
     """gt keeps MS's pixels; ms, lms and pan lie where ratio and phase of the file say."""
     side = ratio * 16
@@ -91,14 +96,15 @@ def test_other_ratios(tmp_path, ratio):
     simulate(tmp_path / "pan.tif", tmp_path / "ms.tif", tmp_path / "t.h5", sensor="QB", patch=4 * ratio, overlap=0)
     with h5py.File(tmp_path / "t.h5") as file:
         assert file.attrs["ratio"] == ratio
-        assert file.attrs["phase"] == ratio // 2
+        assert file.attrs["phase"] == ratio / 2
+        np.testing.assert_array_equal(file.attrs["mtf"], (0.34, 0.32, 0.30, 0.22))
         assert file["gt"].shape == (16, 4, 4 * ratio, 4 * ratio)
         assert file["ms"].shape == (16, 4, 4, 4)
         np.testing.assert_array_equal(file["gt"][5], [ms[4 * ratio : 8 * ratio, 4 * ratio : 8 * ratio]] * 4)
         sample = {name: file[name][5] for name in file}
     np.testing.assert_allclose(sample["pan"][0], sample["gt"][0], atol=4)
-    half = ratio // 2
-    np.testing.assert_allclose(sample["ms"], sample["gt"][:, half::ratio, half::ratio], atol=10)
+    low, high = (sample["gt"][:, half::ratio, half::ratio] for half in (ratio // 2, -(-ratio // 2)))
+    np.testing.assert_allclose(sample["ms"], (low + high) / 2, atol=10)
     np.testing.assert_allclose(sample["lms"], sample["gt"], atol=12)
 
 
@@ -252,8 +258,113 @@ def test_registered(tmp_path, monkeypatch):
     simulate(*paths, tmp_path / "t.h5", patch=16, overlap=0, **outputs, **options)
     with h5py.File(tmp_path / "t.h5") as file, h5py.File(tmp_path / "v.h5") as other:
         assert file["displacement"].shape == (len(file["gt"]), 4, 2)
+        assert "pixels of pan" in file["displacement"].attrs["unit"]
         np.testing.assert_allclose(file["displacement"][0], pair.displacement / 4, atol=1e-6)
         np.testing.assert_array_equal(other["displacement"][0], file["displacement"][0])
+
+
+@pytest.mark.parametrize("ratio", [2, 3, 5])
+def test_displacement_is_what_remains(tmp_path, ratio):
+    """gt shows at p + displacement what pan shows at p, in their pixels."""
+    side = 24 * ratio + 12
+    noise = np.random.default_rng(2).normal(0, 1, (side * ratio, side * ratio))
+    scene = 1000 + sum(300 * s * ndimage.gaussian_filter(noise, s * ratio / 4, mode="wrap") for s in (1, 2, 4))
+    d = np.array([(0.6, -1.1), (0.6, -1.1), (0.6, -1.1), (-0.3, -0.5)])  # PAN pixels
+
+    def seen(by):
+        moved = np.fft.ifft2(ndimage.fourier_shift(np.fft.fft2(scene), by)).real
+        return moved.reshape(side, ratio, side, ratio).mean((1, 3)).astype(np.float32)
+
+    write(tmp_path / "pan.tif", scene[None].astype(np.float32))
+    write(tmp_path / "ms.tif", np.stack([seen(by) for by in d]))
+    options = {"register": "auto", "mtf": [0.3], "patch": 6 * ratio, "overlap": 0}
+    simulate(tmp_path / "pan.tif", tmp_path / "ms.tif", tmp_path / "t.h5", **options)
+    with h5py.File(tmp_path / "t.h5") as file:
+        left = file["displacement"][:]
+        pan, gt = (torch.from_numpy(file[name][:]).double() for name in ("pan", "gt"))
+    assert (left == left[0]).all()
+    np.testing.assert_allclose(left[0], (d - d[0]) / ratio, atol=0.15 / ratio)
+
+    def agreement(sign):
+        back = move(gt, torch.from_numpy(-sign * left.astype(np.float64)))[:, 3, 3:-3, 3:-3].flatten()
+        return float(torch.corrcoef(torch.stack([back, pan[:, 0, 3:-3, 3:-3].flatten()]))[0, 1])
+
+    assert agreement(1) > agreement(0) > agreement(-1)
+
+
+def test_displacement_that_varies_or_is_not_found(tmp_path, monkeypatch):
+    pan, ms = landscape(256)
+    d = torch.tensor([[(2.0, 0.0)] * 3 + [(2.0, 1.0)]], dtype=torch.float64)
+    one = torch.ones(1, 4, dtype=torch.float64)
+    field = torch.zeros(1, 2, 2, 2, dtype=torch.float64)
+    field[:, 1, 1] = 4.0  # columns, from 0 in PAN's first row to 4 in its last
+    found = Registration(d, one, d, one, field, "affine")
+    monkeypatch.setattr("pansharp_fast.data.simulate.measure", lambda *_, **__: found)
+    paths = both(tmp_path, pan, ms)
+    for frame, own in (("ms", (0, 0, 0, 1)), ("pan", (0, 0, 0, 0))):
+        out = tmp_path / f"{frame}.h5"
+        simulate(*paths, out, register="auto", frame=frame, patch=16, overlap=0)
+        with h5py.File(out) as file:
+            left = file["displacement"][:]
+        np.testing.assert_allclose(left[..., 0], 0, atol=1e-6)
+        np.testing.assert_allclose(left[..., 1] - left[:, :1, 1] - np.array(own) / 4, 0, atol=1e-6)
+        rows = np.unique(left[:, 0, 1].round(4))
+        np.testing.assert_allclose(np.diff(rows), 16 / 64, atol=0.01)  # 64 PAN rows of 256, 4 PAN pixels, ratio 4
+
+    none = Registration(0 * d, 0 * one, 0 * d, one, None, "none")
+    monkeypatch.setattr("pansharp_fast.data.simulate.measure", lambda *_, **__: none)
+    with pytest.warns(UserWarning, match="nothing trustworthy found, MS taken as it lies"):
+        pair = read_pair(*paths, register="auto")
+    np.testing.assert_array_equal(pair.pan, pan[0])
+
+
+def test_mtf_by_sensor_metadata_or_numbers(tmp_path):
+    pan, ms = landscape(256)
+    paths = both(tmp_path, pan, ms)
+    assert read_pair(*paths).sensor.gains(4) == (0.3,) * 4
+    assert read_pair(*paths, mtf=(0.2, 0.25, 0.3, 0.35), bands=[4, 2]).sensor.gains(2) == (0.35, 0.25)
+    assert read_pair(*paths, sensor="QB", bands=[4, 2, 1, 3]).sensor.gains(4) == (0.22, 0.32, 0.34, 0.30)
+    with rasterio.open(paths[1], "r+") as file:
+        file.update_tags(ns="IMAGERY", SATELLITEID="QB02")
+    assert read_pair(*paths).sensor.name == "QB"
+    with pytest.raises(ValueError, match="sensor WV3: expected 8 bands, got 4"):
+        read_pair(*paths, sensor="WV3")
+    with pytest.raises(ValueError, match="mtf: expected 1 or 4 gains between 0 and 1, got"):
+        read_pair(*paths, mtf=[0.3, 0.3])
+    arguments = ["simulate", *map(str, paths), str(tmp_path / "t.h5"), "--mtf", "0.2,0.3,0.3,0.4", "--patch", "16"]
+    result = CliRunner().invoke(main, [*arguments, "--overlap", "0", "--register", "auto", "--frame", "pan"])
+    assert result.exit_code == 0, result.output
+    with h5py.File(tmp_path / "t.h5") as file:
+        np.testing.assert_array_equal(file.attrs["mtf"], (0.2, 0.3, 0.3, 0.4))
+        images = simulate_pair(read_pair(*paths, mtf=[0.2, 0.3, 0.3, 0.4]))
+        assert not np.array_equal(images["ms"][0], images["ms"][1] / 2)
+    assert PanCollection(tmp_path / "t.h5", peak=4000).bands == 4
+
+
+def test_shift_in_the_frame_of_pan(tmp_path):
+    """Every band is moved to PAN, whose pixels stay; nothing that left MS or is void becomes gt."""
+    pan, ms = landscape(320)
+    ms[2, 60, 30] = -1
+    pair = read_pair(*both(tmp_path, pan, ms, nodata=-1), shift=(8, -4), frame="pan")
+    np.testing.assert_array_equal(pair.pan, pan[0])
+    hole = np.zeros((80, 80), bool)
+    hole[60 - 2, 30 + 1] = True
+    near = ndimage.binary_dilation(hole, np.ones((35, 35)))  # interpolation reaches 11 pixels, and the displacement
+    assert not pair.valid[58, 31]
+    assert pair.valid[~near][:1].size
+    np.testing.assert_allclose(
+        pair.ms[:, 14:-14, 14:-14][:, ~near[14:-14, 14:-14]], ms[:, 16:-12, 13:-15][:, ~near[14:-14, 14:-14]], rtol=1e-5
+    )
+    assert not pair.valid[-2:].any()
+    assert not pair.valid[:, 0].any()
+    assert pair.valid[16:40, 16:-16].all()
+
+
+def test_training_refuses_other_ratios(tmp_path):
+    pan, ms = landscape(240, 3)
+    simulate(*both(tmp_path, pan, ms, ms_grid=GRID * Affine.scale(3)), tmp_path / "t.h5", patch=24, overlap=0)
+    with pytest.raises(ValueError, match=r"expected ratio 4 and phase 2, .* got ratio 3 and phase 1.5"):
+        PanCollection(tmp_path / "t.h5", peak=4000)
 
 
 def test_outputs_are_neither_inputs_nor_each_other(scene):
