@@ -104,11 +104,10 @@ def run_demo(
 
 def _try(method: Method, small: Scene, scene: Scene) -> tuple[tuple[dict[str, float], float], torch.Tensor]:
     """((values, seconds per megapixel), result at full resolution)."""
-    reduced = measure(method.run(small, "ms")[0].clamp(0, SENSOR.peak), small, "reduced", SENSOR.peak, CUT)
+    reduced = measure(method.run(small, "ms")[0].clamp(0, SENSOR.peak), small, "reduced", SENSOR.peak, CUT, REDUCED)
     fused, seconds = method.run(scene, "pan")
-    full = measure(fused, scene, "full", SENSOR.peak, CUT)
-    values = {name: reduced[name] for name in REDUCED} | {name: full[name] for name in FULL}
-    known = {name: float("nan") if value is None else value for name, value in values.items()}
+    full = measure(fused, scene, "full", SENSOR.peak, CUT, FULL)
+    known = {name: float("nan") if value is None else value for name, value in (reduced | full).items()}
     return (known, seconds / (scene.pan.numel() / 1e6)), fused
 
 

@@ -35,15 +35,17 @@ FRAMES = {"reduced": "ms", "shift": "ms", "full": "pan"}
 FILES = ("settings.json", "records.jsonl", "results.json", "scenes.csv", "summary.md", "report.html", "shift.png")
 
 
-def measure(fused: torch.Tensor, scene: Scene, task: str, peak: float, cut: int) -> dict[str, float | None]:
-    """The measures of a task; None where one is undefined or infinite: JSON has neither."""
+def measure(
+    fused: torch.Tensor, scene: Scene, task: str, peak: float, cut: int, names: Sequence[str] = ()
+) -> dict[str, float | None]:
+    """The measures of a task, or those named; None where one is undefined or infinite: JSON has neither."""
     known: dict[str, Any] = {"sensor": scene.sensor, "ratio": scene.ratio, "phase": scene.phase, "peak": peak}
     if task == "full":
         d = scene.registration[0].d
         result = Result(fused, scene.pan, scene.ms, d=d, reference=scene.reference, **known)
     else:
         result = Result(fused, scene.pan, scene.ms, gt=scene.gt, cut=cut, **known)
-    values = {name: float(MEASURES[name].function(result)) for name in MEASURED[task]}
+    values = {name: float(MEASURES[name].function(result)) for name in names or MEASURED[task]}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
