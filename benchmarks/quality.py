@@ -25,6 +25,7 @@ from pansharp_fast.data import get_sensor
 from pansharp_fast.data.observation import upsample
 from pansharp_fast.evaluation.methods import Method, parse
 from pansharp_fast.evaluation.scenes import Pair, Scene
+from pansharp_fast.inference import sharpen_scene
 from pansharp_fast.metrics.measures import MEASURES, Result
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,8 +206,6 @@ def draw(folder: Path, case: str, scene: Scene, images: dict[str, torch.Tensor])
 
 def accepted(cases: Sequence[str]) -> list[str]:
     """A line for each native pair of files: whether `sharpen` takes it without any option."""
-    from pansharp_fast.inference import sharpen_scene
-
     lines = []
     for pan in sorted(NATIVE.glob("*_pan.tif")):
         name = pan.name.removesuffix("_pan.tif")
@@ -227,7 +226,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(METHODS), help="names, by commas")
-    parser.add_argument("--weights", nargs="*", default=["tiny", "registered tiny"], help="weights, as methods")
+    parser.add_argument("--weights", nargs="*", default=["tiny"], help="weights, as methods")
     parser.add_argument("--cases", nargs="*", default=[*REDUCED, *FULL], help="pairs")
     parser.add_argument("--crops", type=Path, help="folder for crops of full-resolution results; not to be committed")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality.md")
