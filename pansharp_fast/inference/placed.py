@@ -131,10 +131,15 @@ class Placed:
         else:
             place |= {"size": self.size}
         whole = upsample(self.ms, **place, gdal=gdal)
-        if gdal and not bool(self.ms_valid.all()):  # GDAL gives no weight to what holds no data, MS's border included
-            held = self.ms_valid[None].to(self.ms)
-            share = upsample(held, **place, gdal=True)
-            whole = torch.where(share > 0.01, upsample(self.ms * held, **place, gdal=True) / share, whole)
+        if gdal:
+            # GDAL gives no weight to what holds no data, nor to what lies beyond MS, a missing last pixel included.
+            held = self.ms_valid.clone()
+            rows, columns = (max(0, size - first) for size, first in zip(self._ms_size, self._first, strict=True))
+            held[:, rows:] = held[:, :, columns:] = False
+            if not bool(held.all()):
+                known = held[None].to(self.ms)
+                share = upsample(known, **place, gdal=True)
+                whole = torch.where(share > 0.01, upsample(self.ms * known, **place, gdal=True) / share, whole)
         if self.bend is None:
             return whole
         whole = _bent(whole, self.bend)

@@ -100,7 +100,9 @@ def test_sample_scene(raster, tmp_path):
     np.testing.assert_allclose(result[:, used], expected[:, used], rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize(("start", "size"), [(0.0, (120, 150)), (-0.5, (121, 151)), (0.3, (121, 151))])
+@pytest.mark.parametrize(
+    ("start", "size"), [(0.0, (120, 150)), (0.0, (121, 151)), (-0.5, (121, 151)), (0.3, (121, 151))]
+)
 def test_integers_differ_by_what_gdal_rounds(raster, tmp_path, start, size):
     """GDAL rounds the up-sampled bands on the way: that and the last rounding leave 1, seldom 2.
 
