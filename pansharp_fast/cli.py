@@ -10,9 +10,11 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import math
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,10 +94,15 @@ def _warn(
     click.echo(f"Warning: {' '.join(str(message).split())}", err=True)
 
 
+#: Time of the last signal to stop, and seconds that cleaning up is given.
+_stopped, _CLEANING = [-math.inf], 5.0
+
+
 def _stop(number: int, _frame: object) -> None:
     """Leave as an exception, so that unfinished files are removed; the exit code is the shell's for this signal."""
-    signal.signal(number, signal.SIG_IGN)
-    raise SystemExit(128 + number)
+    earlier, _stopped[0] = _stopped[0], time.monotonic()
+    if _stopped[0] - earlier > _CLEANING:  # the next one does not interrupt what this one begins
+        raise SystemExit(128 + number)
 
 
 @main.command()

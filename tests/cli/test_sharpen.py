@@ -339,7 +339,7 @@ def test_stopped_run_leaves_nothing(number, scene, weights, tmp_path):
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(number)
-        process.wait(60)
+        process.wait(300)
     assert process.returncode == (1 if number == signal.SIGINT else 128 + number)
     assert files(tmp_path) == before
     assert list(tmp_path.glob(".*")) == []
