@@ -482,7 +482,7 @@ def _band_names(_ctx: click.Context, _param: click.Parameter, value: str | None)
 @click.option("--ms", metavar="MS.tif", help="MS raster that belongs to it.")
 @click.option("--out", metavar="DIR", required=True, type=click.Path(file_okay=False), help="Folder of the report.")
 @click.option(
-    "--sensor", help="WV2, WV3, WV4, QB, GF2, IKONOS, GeoEye1 or default  [default: what FILE.h5 says, else default]."
+    "--sensor", help="WV2, WV3, WV4, QB, GF2, IKONOS, GeoEye1 or default  [default: what the data says, else default]."
 )
 @click.option(
     "--bands", metavar="B,B,...", callback=_band_names, help="Bands by name or by number from 1 [default: all]."

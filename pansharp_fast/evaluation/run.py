@@ -107,8 +107,9 @@ def evaluate(
 
     Args:
         out: folder; made if need be.
-        sensor: gives MTF gains, peak and the bands shown as red, green, blue. None is the one that the file names in
-            its attribute `sensor`, else "default", of 16 bits.
+        sensor: gives MTF gains, peak and the bands shown as red, green, blue. None is the one that the HDF5 file names
+            in its attribute `sensor`, or the rasters in their metadata, if it has as many bands; else "default", of 16
+            bits.
         data: PanCollection HDF5 file.
         pan, ms: anything rasterio opens; cut into crops, which count as scenes.
         weights: names of shipped weights, or checkpoint files; networks as they are, nothing registered.
@@ -260,6 +261,8 @@ def _open(
     try:
         if known is None:
             known = get_sensor(source.sensor or "default")
+            if numbers is None and known.bands not in (None, source.bands):
+                known = get_sensor("default")
             peak = source.peak if peak is None else peak
         chosen = known if numbers is None else known.select(numbers)
         chosen.gains(source.bands)

@@ -233,8 +233,11 @@ class RasterSource(Source):
         bands: Sequence[int] | None = None,
     ) -> None:
         from ..data.rasters import RasterPair
+        from ..data.sensors import sensor_in
 
         self.pair, self.crop = RasterPair(pan, ms, nodata=nodata, bands=bands), crop
+        named = sensor_in(self.pair.ms_file, self.pair.pan_file)
+        self.sensor = None if named == "default" else named
         rows, columns = self.pair.ratio
         if rows != columns or rows not in RATIOS:
             raise ValueError(f"MS: expected a ratio that is a whole number from 2 to 8, got {rows:.4g} x {columns:.4g}")

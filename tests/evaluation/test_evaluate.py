@@ -427,6 +427,18 @@ def test_sensor_is_the_one_that_the_file_names(rr, tmp_path):
     assert (named["settings"]["sensor"], named["settings"]["peak"]) == ("QB", 2047)
     unnamed = evaluate(tmp_path / "unnamed", data=rr[0], **options)
     assert (unnamed["settings"]["sensor"], unnamed["settings"]["peak"]) == ("default", 65535)
+    with h5py.File(path, "a") as file:
+        file.attrs["sensor"] = "WV3"  # of eight bands
+    misnamed = evaluate(tmp_path / "misnamed", data=path, **options)
+    assert misnamed["settings"]["sensor"] == "default"
+
+
+def test_sensor_is_the_one_that_rasters_name(pair, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    with rasterio.open(pair["ms"], "r+") as file:
+        file.update_tags(SATID="QB02")
+    found = evaluate(tmp_path / "out", **pair, crop=256, max_scenes=1, protocols=["reduced"], cut=6, pictures_of=0)
+    assert (found["settings"]["sensor"], found["settings"]["peak"]) == ("QB", 2047)
 
 
 def test_page_escapes_names(tmp_path, rr):
