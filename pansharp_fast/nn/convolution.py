@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..ops._backends import requested, unavailable
-from .plain import is_plain, is_plain_conv, pads_with_zeros, traced, transformed
+from ..ops._backends import requested, transformed, unavailable
+from .plain import is_plain, is_plain_conv, pads_with_zeros, traced
 
 #: From these sizes on Winograd's fewer multiplications outweigh its transforms; with norm, activation and residual in
 #: the same pass fewer outputs suffice.

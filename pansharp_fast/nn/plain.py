@@ -73,8 +73,3 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
 def traced() -> bool:
     """Whether calls are being recorded, for which the plain form is the one to see."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func runs, such as vmap, which knows the plain operators best."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None

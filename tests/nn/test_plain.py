@@ -301,8 +301,7 @@ def test_transforms_and_traces_take_the_plain_form():
     parameters, _ = torch.func.stack_module_state([model, other])
     with torch.no_grad():
         expected = torch.stack([each(*inputs) for each in (model, other)])
-        with use_backend("reference"):
-            both = torch.func.vmap(lambda p: torch.func.functional_call(model, p, inputs))(parameters)
+        both = torch.func.vmap(lambda p: torch.func.functional_call(model, p, inputs))(parameters)
         traced = torch.jit.trace(model, inputs)
         assert (both - expected).abs().max() <= 1e-4 * expected.abs().max()
         for arguments in (inputs, larger):
