@@ -388,7 +388,7 @@ def write(folder: Path, found: Mapping[str, Any]) -> None:
     """results.json, scenes.csv, summary.md and report.html (and shift.png) in `folder`."""
     _write(folder / "results.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
     measures = [measure for measure in MEASURES if any(measure in r["values"] for r in found["scenes"])]
-    with open(folder / "scenes.csv", "w", newline="", encoding="utf-8") as file:
+    with atomic(folder / "scenes.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["protocol", "scene", "shift_y", "shift_x", "method", "seconds", *measures])
         for r in found["scenes"]:

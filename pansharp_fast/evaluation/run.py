@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..baselines import BASELINES
 from ..data import Sensor, get_sensor
-from ..files import check_folder
+from ..files import atomic, check_folder
 from ..metrics.measures import FULL, MEASURES, REDUCED, SHIFTED, Result
 from ..options import precision as precision_name
 from . import pictures, report
@@ -56,7 +56,8 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     text = path.read_text()
     complete = text[: text.rfind("\n") + 1]
     if complete != text:
-        path.write_text(complete)
+        with atomic(path) as part:
+            part.write_text(complete)
     return [json.loads(line) for line in complete.splitlines()]
 
 
@@ -283,7 +284,8 @@ def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
         for picture in (folder / "pictures").glob("*.png"):
             picture.unlink()
     (folder / "pictures").mkdir(exist_ok=True)
-    mark.write_text(text)
+    with atomic(mark) as part:
+        part.write_text(text)
 
 
 def _side(source: Source, protocol: str) -> int:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from .. import options
 from ..data.hdf5 import Epochs, PanCollection, Samples
 from ..data.sensors import get_sensor
-from ..files import check_folder
+from ..files import atomic, check_folder
 from ..options import shortened
 from .checkpoint import load_optimizer, load_state, optimizer_tensors, save_state
 from .config import TrainConfig
@@ -303,7 +303,8 @@ class Trainer:
         logs = None
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
+            with atomic(self.out / "config.json") as part:
+                part.write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
             logs = Logs(self.out, self.config, self.step, self.progress)
         try:
             self._run(logs)
