@@ -15,7 +15,7 @@ from ..data.registration import REACH, Arrays, Registration
 from ..data.sensors import Sensor, gains_of, get_sensor
 from . import engine as engines
 from .sharpener import Sharpener, SharpeningModel
-from .tiles import Span, blend, plan
+from .tiles import Span, blend
 
 if TYPE_CHECKING:
     from ..diffusion import Sampling
@@ -234,8 +234,7 @@ def _output(values: Tensor, void: Tensor, pan: Any, ms: Any, nodata: float | Non
 def _run(engine: engines.Engine, tile: int | None, overlap: int | None) -> tuple[Tensor, Tensor]:
     """Whole result [channels, H, W] and where it holds data [H, W]."""
     source = engine.job.source
-    side, reach = engines.options(engine, tile, overlap)
-    rows, columns = plan(source.height, side, reach), plan(source.width, side, reach)
+    rows, columns = engines.spans(engine, *engines.options(engine, tile, overlap))
     out = torch.zeros(engine.channels, source.height, source.width)
     held = torch.zeros(source.height, source.width, dtype=torch.bool)
 

@@ -8,7 +8,7 @@ import math
 import operator
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..data.registration import Registration, Source, measure
 from ..options import FRAMES, expect
 from .placed import Means, Placed
 from .sharpener import Sharpener
-from .tiles import Span
+from .tiles import MULTIPLE, Span, plan
 
 #: Side of the blocks of the first pass, in PAN pixels, and how many of them are read at most, spread over the scene.
 BLOCK, MAX_BLOCKS = 1024, 49
@@ -367,6 +367,25 @@ def options(engine: Any, tile: int | None, overlap: int | None) -> tuple[int, in
         reach = engine.overlap * max(1.0, max(engine.job.source.ratio) / RATIO)
         overlap = min(math.ceil(reach / 16) * 16, max(0, (tile // 2 - 1) // 16 * 16))
     return tile, overlap
+
+
+def spans(engine: Any, tile: int, overlap: int) -> tuple[list[Span], list[Span]]:
+    """Tiles along rows and columns; in MS's frame they read further by what the bands are moved."""
+    job, far = engine.job, torch.zeros(2)
+    if job.frame == "ms":
+        far = job.registration.d.abs().amax((0, 1))
+        if job.registration.field is not None:
+            far = far + job.registration.field.abs().amax((0, 2, 3))
+    found = []
+    for length, move in zip((job.source.height, job.source.width), far.tolist(), strict=True):
+        more = math.ceil(move / MULTIPLE) * MULTIPLE
+        found.append(
+            [
+                replace(span, read_start=max(0, span.read_start - more), read_stop=min(length, span.read_stop + more))
+                for span in plan(length, tile, overlap)
+            ]
+        )
+    return found[0], found[1]
 
 
 def find_registration(

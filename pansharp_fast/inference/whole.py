@@ -217,7 +217,7 @@ def sharpen_scene(
         if value is None and registration.applied:
             value = choose_nodata(_Lacking(pair), pixel, nodata)
         side, reached = engines.options(engine, tile, overlap)
-        rows, columns = tiles.plan(pair.height, side, reached), tiles.plan(pair.width, side, reached)
+        rows, columns = engines.spans(engine, side, reached)
         core = side - 2 * reached
         block = max(size for size in range(16, BLOCK + 1, 16) if core % size == 0)
         done, held, clipped = 0, 0, 0

@@ -10,7 +10,9 @@ import rasterio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pansharp_fast import sharpen
 from pansharp_fast.data.rasters import RasterPair
+from pansharp_fast.data.registration import Registration
 from pansharp_fast.inference import sharpen_scene
 
 from ..data.test_void import CRS, GRID, GRIDS, SIDE, expected, pixels, rasters, written
@@ -179,3 +181,25 @@ def test_nothing_void_goes_into_out(tmp_path, scene):
         again, still = sharpened(tmp_path, facts, options)
     np.testing.assert_array_equal(still, valid)
     np.testing.assert_array_equal(again[valid], values[valid])
+
+
+@pytest.mark.parametrize("frame", ["pan", "ms"])
+def test_tiles_of_bands_that_lie_farther_off_than_tiles_overlap(scene, frame):
+    """MS that lies 80 PAN pixels off: in tiles as in one piece, files and arrays."""
+    paths = scene(200, 240, "float32")
+    d, (pan, ms) = (-80.0, 12.5), (rasterio.open(path).read()[None] for path in paths)
+    whole = sharpen(pan, ms, register=Registration.given(d, 4), frame=frame, tile=256, nodata=-1)
+    valid = whole[0] != -1
+    row, column = np.mgrid[:200, :240]
+    if frame == "pan":
+        row, column = row + d[0], column + d[1]  # of MS, which is as large as PAN
+    else:
+        row, column = row - d[0], column - d[1]  # of PAN
+    inside = (row >= -0.5) & (row < 199.5) & (column >= -0.5) & (column < 239.5)
+    np.testing.assert_array_equal(valid, np.broadcast_to(inside, valid.shape))
+    tiled = sharpen(pan, ms, register=Registration.given(d, 4), frame=frame, tile=144, overlap=64, nodata=-1)
+    np.testing.assert_allclose(tiled, whole, atol=0.01)
+    out = paths[0].parent / "out.tif"
+    sharpen_scene(*paths, out, shift=d, frame=frame, tile=144, overlap=64, nodata=-1)
+    with rasterio.open(out) as file:
+        np.testing.assert_allclose(file.read(), whole[0], atol=0.01)
