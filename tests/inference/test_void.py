@@ -1,5 +1,6 @@
 """Where OUT holds data, and of what: over random ways to say where PAN and MS do, on any grid, moved or not."""
 
+import contextlib
 import math
 from typing import Any
 from unittest import mock
@@ -9,6 +10,7 @@ import pytest
 import rasterio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from pansharp_fast import sharpen
 from pansharp_fast.data.rasters import RasterPair
@@ -203,3 +205,35 @@ def test_tiles_of_bands_that_lie_farther_off_than_tiles_overlap(scene, frame):
     sharpen_scene(*paths, out, shift=d, frame=frame, tile=144, overlap=64, nodata=-1)
     with rasterio.open(out) as file:
         np.testing.assert_allclose(file.read(), whole[0], atol=0.01)
+
+
+def test_void_has_no_part_in_registration(tmp_path):
+    """Displacements, statistics, fields and back-projection are the same bit for bit whatever void pixels hold."""
+    rng = np.random.default_rng(3)
+    noise = rng.normal(0, 1, (4 * 56, 4 * 64))
+    fine = 800 + sum(200 * s * ndimage.gaussian_filter(noise, s) for s in (1, 2, 4))
+    seen = ndimage.shift(ndimage.gaussian_filter(fine, 1.6), (1.5, -2.5), mode="nearest")
+    ms = np.stack([seen.reshape(56, 4, 64, 4).mean((1, 3))] * 3).astype(np.float32)
+    for band, holes in enumerate(ms):
+        holes[10 * band : 10 * band + 9, 20:34] = -1
+        holes[rng.random(holes.shape) < 0.002] = -1
+    pan = fine[None].astype(np.float32)
+    pan[0, 150:190, 40:90] = -1
+    for name, image, grid in (("pan", pan, GRID), ("ms", ms, GRIDS["aligned"])):
+        size = {"count": len(image), "height": image.shape[1], "width": image.shape[2], "dtype": "float32"}
+        with rasterio.open(
+            tmp_path / f"{name}.tif", "w", driver="GTiff", nodata=-1, transform=grid, crs=CRS, **size
+        ) as f:
+            f.write(image)
+    found = []
+    readers = {name: with_noise(getattr(RasterPair, name)) for name in ("read_pan", "read_ms")}
+    for name, patch in (("plain", {}), ("noisy", readers)):
+        out = tmp_path / f"{name}.tif"
+        with mock.patch.multiple(RasterPair, **patch) if patch else contextlib.nullcontext():
+            summary = sharpen_scene(tmp_path / "pan.tif", tmp_path / "ms.tif", out)
+        with rasterio.open(out) as file:
+            found.append((summary.registration, file.read()))
+    (plain, image), (noisy, again) = found
+    np.testing.assert_allclose(plain.d[0], [(1.5, -2.5)] * 3, atol=0.3)
+    np.testing.assert_array_equal(plain.d, noisy.d)
+    np.testing.assert_array_equal(image, again)
