@@ -29,6 +29,12 @@ cell: mean of the scenes' values ± sample standard deviation (N-1). Bold: best 
 median of a scene, registration included, on the machine named below. A method's name alone means the textbook's."""
 
 
+def _legend(found: Mapping[str, Any]) -> str:
+    """What the measures of the tables are, in a line each."""
+    used = dict.fromkeys(m for cells in found["summary"].values() for row in cells.values() for m in row)
+    return "; ".join(f"{name(m, found['bands'])}: {MEASURES[m].meaning}" for m in used) + "."
+
+
 def _cell(values: Sequence[float | None]) -> dict[str, Any]:
     defined = [value for value in values if value is not None]
     return {
@@ -212,7 +218,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         lines += [line for note in _published_notes(found, dataset) for line in (f"- {note}",)] + [""]
     if found["shift"]:
         lines += ["## Shift test", "", *_markdown_table(*_shift_table(found)), SHIFT_NOTE, ""]
-    lines += [DEFINITIONS, "", "## Settings", ""]
+    lines += [DEFINITIONS, "", _legend(found), "", "## Settings", ""]
     return "\n".join([*lines, *(f"- {key}: {_markdown(_setting(value))}" for key, value in settings.items()), ""])
 
 
@@ -347,7 +353,7 @@ def page(folder: Path, found: Mapping[str, Any]) -> str:
     parts += [f'<p class="warn"><b>Undefined:</b> {html.escape(text)}</p>' for text in found["undefined"]]
     for protocol in found["summary"]:
         parts += [f"<h2>{TITLES[protocol]}</h2>", _html_table(*_summary_table(found, protocol))]
-    parts.append(f'<p class="note">{html.escape(DEFINITIONS)}</p>')
+    parts += [f'<p class="note">{html.escape(text)}</p>' for text in (DEFINITIONS, _legend(found))]
     for dataset in dict.fromkeys(found["published"].values()):
         parts += [f"<h2>Published numbers, {dataset}</h2>", _html_table(*_published_table(found, dataset))]
         parts += [f'<p class="note">{html.escape(note)}</p>' for note in _published_notes(found, dataset)]

@@ -536,6 +536,7 @@ def test_full_resolution_registered(tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<th>D_s registered ↓</th>" in page
     assert "<th>D_s ↓</th>" in page
+    assert "mottle: colour mottle over registered GSA&#x27;s; halo: " in page
 
 
 @pytest.mark.parametrize("ratio", [2, 3, 6])
