@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .grid import Both, both, both_ratios, default_phase
@@ -231,7 +232,7 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 #: mottle and coloured halos on real images, whose MTF, noise and local displacement are never known exactly.
 AUTO_STEPS, AUTO_BLUR = 2, 0.5
 #: Share of an image whose residual counts as noise, and the Gaussian (in MS pixels) over which its energy is taken.
-QUIET, QUIET_WINDOW = 0.3, 2.0
+QUIET, QUIET_WINDOW = 0.2, 2.0
 
 
 def energy(residual: Tensor) -> Tensor:
@@ -256,6 +257,26 @@ def soften(residual: Tensor, floor: Tensor) -> Tensor:
     return blur(residual * weight, AUTO_BLUR)
 
 
+def hold_chroma(x: Tensor, start: Tensor, up: Tensor, ratio: Both) -> Tensor:
+    """`x` with each band's distance from the mean of bands held within what `up` has near, or `start` has there.
+
+    Args:
+        x: [B, C, H, W].
+        start: [B, C, H, W], the image before it was changed.
+        up: [B, C, H, W], MS on that grid; one MS pixel around counts as near.
+        ratio: PAN pixels per MS pixel.
+    """
+    reach = [round(value) for value in both(ratio)]
+    size = (2 * reach[0] + 1, 2 * reach[1] + 1)
+
+    def highest(chroma: Tensor) -> Tensor:
+        return F.max_pool2d(chroma, size, stride=1, padding=(reach[0], reach[1]))
+
+    change, before, known = (image - image.mean(1, keepdim=True) for image in (x, start, up))
+    high, low = torch.maximum(highest(known), before), torch.minimum(-highest(-known), before)
+    return x + (torch.minimum(torch.maximum(change, low), high) - change)
+
+
 def back_project(
     x: Tensor,
     ms: Tensor,
@@ -274,7 +295,8 @@ def back_project(
         x: [B, C, H, W] in PAN's frame, floating point.
         ms: [B, C, h, w].
         gains, ratio, phase, d: as `observe`.
-        steps: how often in full; "auto" is `AUTO_STEPS`, where noise is left alone (`soften`); 0 returns `x`.
+        steps: how often in full; "auto" is `AUTO_STEPS`, where noise is left alone (`soften`) and colours stay within
+            those of MS (`hold_chroma`); 0 returns `x`.
 
     Returns:
         [B, C, H, W], dtype of `x`. Differentiable.
@@ -286,10 +308,10 @@ def back_project(
     count = AUTO_STEPS if steps == "auto" else steps
     if not isinstance(count, int) or count < 0:
         raise ValueError(f"back_projection: expected auto or a number from 0, got {steps!r}")
-    small, large = (ms.shape[2], ms.shape[3]), (x.shape[2], x.shape[3])
+    small, large, start = (ms.shape[2], ms.shape[3]), (x.shape[2], x.shape[3]), x
     for _ in range(count):
         residual = ms.to(x.dtype) - observe(x, small, gains=gains, ratio=ratio, phase=phase, d=d)
         if soft:
             residual = soften(residual, noise_floor(residual))
         x = x + upsample(residual, large, ratio=ratio, phase=phase, d=d)
-    return x
+    return hold_chroma(x, start, upsample(ms.to(x.dtype), large, ratio=ratio, phase=phase, d=d), ratio) if soft else x

@@ -32,8 +32,9 @@ from .sensors import Sensor, get_sensor
 REACH, MAX_REACH = 2.0, 16.0
 #: Side of a window in MS pixels; how many windows of a scene are measured, and how many of them searched, at most.
 WINDOW, MAX_WINDOWS, MAX_SEARCHED = 64, 36, 9
-#: A band of confidence up to LOW follows the others, one from HIGH on stands for itself; linear in between.
-LOW, HIGH = 0.5, 0.85
+#: A band of confidence up to LOW follows the others, one of HIGH stands for itself; linear in between. A band that is
+#: surer than SURE and lies further than APART PAN pixels from the others' median lies there in truth.
+LOW, HIGH, SURE, APART = 0.5, 1.0, 0.6, 0.3
 #: Windows from which a displacement that varies over the scene is looked for, and what it must gain to be believed.
 FIELD_WINDOWS, FIELD_GAIN = 12, 0.8
 #: PAN pixels over which such a displacement must vary to be used.
@@ -437,6 +438,7 @@ def measure(
     sure = np.maximum(confidence - LOW, 0) ** 2
     common = np.array([_median(d[:, axis], sure) for axis in (0, 1)])
     own = ((confidence - LOW) / (HIGH - LOW)).clip(0, 1)
+    own[(np.hypot(*((d - common) * ratio).T) > APART) & (confidence > SURE)] = 1
     drawn = own[:, None] * d + (1 - own[:, None]) * common
     spread, field, model = np.full(count, np.nan), None, "constant"
     if len(chosen) >= 4:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.observation import AUTO_STEPS, blur, move, noise_floor, observe, resample, soften, upsample
+from ..data.observation import AUTO_STEPS, blur, hold_chroma, move, noise_floor, observe, resample, soften, upsample
 from ..data.registration import Registration, Source
 
 #: MS pixels around a window that interpolation, blur and back-projection look at.
@@ -231,7 +231,7 @@ class Placed:
         count = AUTO_STEPS if steps == "auto" else int(steps)
         if not count:
             return x
-        usable, floors = self.usable(), [] if floors is None else floors
+        usable, floors, start = self.usable(), [] if floors is None else floors, x
         for step in range(count):
             residual = torch.where(usable, self.ms.to(x) - self.observe(x), 0)
             if steps == "auto":
@@ -240,7 +240,7 @@ class Placed:
                 residual = soften(residual, floors[step])
             extra = upsample(residual, self.size, ratio=self.ratio, phase=self.phase, d=self.d)
             x = x + (extra if self.bend is None else _bent(extra, self.bend))
-        return x
+        return hold_chroma(x, start, self.up(), self.ratio) if steps == "auto" else x
 
     def to_ms_frame(self, x: Tensor) -> Tensor:
         """[1, C, H, W] in PAN's frame, each band moved back where its own MS band lies."""
