@@ -194,9 +194,9 @@ def first_pass(job: Job, method: str) -> tuple[classical.Statistics, Means]:
     """Statistics of the scene over pixels that hold data, block by block in a fixed order, and its means.
 
     Raises:
-        ValueError: no pixel holds data in PAN and in all bands.
+        ValueError: no MS pixel, with what the sensor sees round it, holds data in PAN and in all bands.
     """
-    source, found = job.source, []
+    source, found, seen = job.source, [], False
     sums = torch.zeros(1 + len(job.bands), 2, dtype=torch.float64)
     margin = [math.ceil(8 * ratio) for ratio in source.ratio]
     every = 1 if source.height * source.width <= DENSE else 2
@@ -217,6 +217,7 @@ def first_pass(job: Job, method: str) -> tuple[classical.Statistics, Means]:
             sums[number] += torch.stack([torch.where(mask, values, 0).double().sum(), mask.sum().double()])
         if not bool(valid.any()):
             continue
+        seen = True
         piece = piece_of(placed, method)
         part = classical.Piece(
             piece.pan[..., inner[0], inner[1]],
@@ -245,7 +246,8 @@ def first_pass(job: Job, method: str) -> tuple[classical.Statistics, Means]:
             continue
         found.append(classical.statistics(part, registered, pan_low, original, (usable, valid[None, None], own)))
     if not found:
-        raise ValueError("PAN and MS: expected a pixel that holds data in both, got none")
+        what = "an MS pixel whose surroundings hold data in both" if seen else "a pixel that holds data in both"
+        raise ValueError(f"PAN and MS: expected {what}, got none")
     total = functools.reduce(operator.add, found)
     means = (sums[:, 0] / sums[:, 1].clamp_min(1)).float()
     return total, Means(means[:1], means[1:])

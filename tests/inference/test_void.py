@@ -237,3 +237,15 @@ def test_void_has_no_part_in_registration(tmp_path):
     np.testing.assert_allclose(plain.d[0], [(1.5, -2.5)] * 3, atol=0.3)
     np.testing.assert_array_equal(plain.d, noisy.d)
     np.testing.assert_array_equal(image, again)
+
+
+def test_too_little_data_for_statistics():
+    pan, ms = np.full((1, 1, 96, 96), -1.0), np.random.default_rng(0).uniform(100, 200, (1, 3, 24, 24))
+    with pytest.raises(ValueError, match="PAN and MS: expected a pixel that holds data in both, got none"):
+        sharpen(pan, ms, nodata=-1)
+    pan[..., 40:48, 40:48] = 150
+    with pytest.raises(ValueError, match="PAN and MS: expected an MS pixel whose surroundings hold data in both, got"):
+        sharpen(pan, ms, nodata=-1)
+    pan[..., 30:60, 30:60] = 150
+    out = sharpen(pan, ms, nodata=-1)
+    np.testing.assert_array_equal(out[0] != -1, np.broadcast_to(pan[0] != -1, out[0].shape))
