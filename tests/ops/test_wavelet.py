@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,25 +21,34 @@ from pansharp_fast.nn import DWT2d, IDWT2d, ISWT2d, SWT2d
 from pansharp_fast.ops import BackendError, dwt2, explain, idwt2, iswt2, swt2, wavedec2, waverec2
 from pansharp_fast.ops._backends import reasons
 from pansharp_fast.ops.wavelet import MODES, OPERATOR, Level, _analysis, _bands_of, _filters, _synthesis
+from tests.support.accuracy import error
+from tests.support.backends import device_of, parameter, parameters
 
 pywt = pytest.importorskip("pywt")
 ALL_MODES = MODES[:-1]
 WAVELETS = pywt.wavelist(kind="discrete")
 ORTHOGONAL = [name for name in WAVELETS if pywt.Wavelet(name).orthogonal]
 SIZES = [1, 2, 3, 5, 6, 7, 16, 31, 63, 64, 65, 130]
-# The interpreter of Triton takes a second for what others do at once: it has tests of its own below.
-BACKENDS = [
-    name
-    for name in OPERATOR.support
-    if name != "triton" and not reasons(OPERATOR, name, [torch.zeros(1, 1)], mode="zero")
-]
+BACKENDS = parameters(OPERATOR, torch.float64)
+KERNELS = [parameter for parameter in BACKENDS if parameter.values != ("reference",)]
+#: Where tensors of the running test lie: on the device of its backend.
+DEVICE = "cpu"
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 each_mode = pytest.mark.parametrize("mode", MODES)
 
 
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+    global DEVICE
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    DEVICE = device_of(parameters.get("backend") or "cpu")
+    yield
+    DEVICE = "cpu"
+
+
 def covered(backend: str, *modes: str) -> bool:
-    return not reasons(OPERATOR, backend, [torch.zeros(1, 1)], mode=modes)
+    return not reasons(OPERATOR, backend, [torch.zeros(1, 1, device=DEVICE)], mode=modes)
 
 
 def require(backend: str, *modes: str) -> None:
@@ -47,7 +57,7 @@ def require(backend: str, *modes: str) -> None:
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
 
 
 def level(wavelet: str, mode: str, dilation: int = 1, second: str | None = None) -> Level:
@@ -60,7 +70,7 @@ def nested(coeffs: Any) -> Any:
     """PyWavelets' nested arrays as nested tensors."""
     if isinstance(coeffs, (list, tuple)):
         return type(coeffs)(nested(each) for each in coeffs)
-    return torch.from_numpy(np.ascontiguousarray(coeffs))
+    return torch.from_numpy(np.ascontiguousarray(coeffs)).to(DEVICE)
 
 
 def flat(coeffs: Any) -> list[Any]:
@@ -74,7 +84,7 @@ def same(actual: Any, expected: Any) -> None:
     actual, expected = flat(actual), flat(expected)
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
-        e = torch.as_tensor(np.asarray(e))
+        a, e = a.cpu(), torch.as_tensor(np.asarray(e.cpu() if isinstance(e, torch.Tensor) else e))
         assert a.shape == e.shape
         torch.testing.assert_close(a, e, rtol=0, atol=1e-9 * max(1.0, float(e.abs().max())))
 
@@ -98,7 +108,7 @@ def test_dwt2_and_idwt2_are_pywavelets(
     if not covered(backend, mode) or (mode.endswith("reflect") and min(height, width) < 2):
         return
     x = random(2, height, width, seed=seed)
-    expected = pywt.dwt2(x.numpy(), wavelet, mode)
+    expected = pywt.dwt2(x.cpu().numpy(), wavelet, mode)
     same(dwt2(x, wavelet, mode, backend=backend), expected)
     same(idwt2(nested(expected), wavelet, mode, backend=backend), pywt.idwt2(expected, wavelet, mode))
 
@@ -111,7 +121,7 @@ def test_every_mode_is_pywavelets(backend: str, wavelet: str, mode: str) -> None
     require(backend, mode)
     for height, width in ((7, 130), (64, 63), (2, 5)):
         x = random(height, width)
-        expected = pywt.dwt2(x.numpy(), wavelet, mode)
+        expected = pywt.dwt2(x.cpu().numpy(), wavelet, mode)
         same(dwt2(x, wavelet, mode, backend=backend), expected)
         same(idwt2(nested(expected), wavelet, mode, backend=backend), pywt.idwt2(expected, wavelet, mode))
 
@@ -121,11 +131,11 @@ def test_every_mode_is_pywavelets(backend: str, wavelet: str, mode: str) -> None
 def test_modes_by_what_pywavelets_takes(mode: Any) -> None:
     """Older names, and the numbers that `pywt.Modes.symmetric` and its like are."""
     x = random(7, 10)
-    same(dwt2(x, "db2", mode), pywt.dwt2(x.numpy(), "db2", mode))
-    same(wavedec2(x, "haar", (mode, "symmetric"), 1), pywt.wavedec2(x.numpy(), "haar", (mode, "symmetric"), 1))
+    same(dwt2(x, "db2", mode), pywt.dwt2(x.cpu().numpy(), "db2", mode))
+    same(wavedec2(x, "haar", (mode, "symmetric"), 1), pywt.wavedec2(x.cpu().numpy(), "haar", (mode, "symmetric"), 1))
     same(
         waverec2(wavedec2(x, "db2", mode, 1), "db2", mode),
-        pywt.waverec2(pywt.wavedec2(x.numpy(), "db2", mode, 1), "db2", mode),
+        pywt.waverec2(pywt.wavedec2(x.cpu().numpy(), "db2", mode, 1), "db2", mode),
     )
 
 
@@ -154,10 +164,10 @@ def test_autocast_takes_bands_of_several_dtypes(backend: str | None) -> None:
 def test_wavelet_mode_and_axes_per_axis(backend: str) -> None:
     x = random(9, 3, 14)
     wavelets, modes, axes = ("db3", "bior2.2"), ("periodic", "symmetric"), (2, 0)
-    expected = pywt.dwt2(x.numpy(), wavelets, modes, axes)
+    expected = pywt.dwt2(x.cpu().numpy(), wavelets, modes, axes)
     same(dwt2(x, wavelets, modes, axes, backend=backend), expected)
     same(idwt2(nested(expected), wavelets, modes, axes, backend=backend), pywt.idwt2(expected, wavelets, modes, axes))
-    several = pywt.wavedec2(x.numpy(), wavelets, modes, 1, axes)
+    several = pywt.wavedec2(x.cpu().numpy(), wavelets, modes, 1, axes)
     same(wavedec2(x, wavelets, modes, 1, axes, backend=backend), several)
     same(
         waverec2(nested(several), wavelets, modes, axes, backend=backend), pywt.waverec2(several, wavelets, modes, axes)
@@ -173,7 +183,7 @@ def test_wavedec2_and_waverec2_are_pywavelets(
     backend: str, wavelet: str, mode: str, shape: tuple[int, ...], levels: int | None
 ) -> None:
     x = random(*shape)
-    expected = pywt.wavedec2(x.numpy(), wavelet, mode, levels)
+    expected = pywt.wavedec2(x.cpu().numpy(), wavelet, mode, levels)
     same(wavedec2(x, wavelet, mode, levels, backend=backend), expected)
     back = pywt.waverec2(expected, wavelet, mode)
     same(waverec2(nested(expected), wavelet, mode, backend=backend), back)
@@ -186,7 +196,7 @@ def test_wavedec2_and_waverec2_are_pywavelets(
 @pytest.mark.parametrize("wavelet", ["haar", "db2", "db5", "dmey"])
 def test_number_of_levels_is_pywavelets(wavelet: str, size: int) -> None:
     x = random(size, size)
-    assert len(wavedec2(x, wavelet)) == len(pywt.wavedec2(x.numpy(), wavelet))
+    assert len(wavedec2(x, wavelet)) == len(pywt.wavedec2(x.cpu().numpy(), wavelet))
 
 
 def test_too_many_levels_warn() -> None:
@@ -212,7 +222,7 @@ def test_swt2_and_iswt2_are_pywavelets(
     x = random(*shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyWavelets warns of norm with biorthogonal filters
-        expected = pywt.swt2(x.numpy(), wavelet, levels, trim_approx=trim_approx, norm=norm)
+        expected = pywt.swt2(x.cpu().numpy(), wavelet, levels, trim_approx=trim_approx, norm=norm)
         back = pywt.iswt2(copy.deepcopy(expected), wavelet, norm)
     actual = swt2(x, wavelet, levels, trim_approx=trim_approx, norm=norm, backend=backend)
     same(actual, expected)
@@ -223,7 +233,7 @@ def test_swt2_and_iswt2_are_pywavelets(
 
 def test_swt2_starts_at_a_level() -> None:
     x = random(8, 16)
-    same(swt2(x, "db2", 2, 1), pywt.swt2(x.numpy(), "db2", 2, 1))
+    same(swt2(x, "db2", 2, 1), pywt.swt2(x.cpu().numpy(), "db2", 2, 1))
 
 
 # ---- Algebra ---------------------------------------------------------------------------------------------------------
@@ -295,10 +305,6 @@ def test_synthesis_is_the_transpose_of_analysis(
 # ---- Backends agree with the reference -------------------------------------------------------------------------------
 
 
-def _error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return (actual.double() - exact).norm().item() / max(exact.norm().item(), 1e-30)
-
-
 @pytest.mark.values
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -310,17 +316,17 @@ def test_error_is_that_of_plain_pytorch(backend: str, wavelet: str, mode: str, d
         x = random(*shape, dtype=dtype)
         exact = _analysis(x.double(), one, "reference")
         floor = torch.finfo(dtype).eps / 8
-        plain = _error(_analysis(x, one, "reference"), exact)
-        assert _error(_analysis(x, one, backend), exact) <= 2 * max(plain, floor)
+        plain = error(_analysis(x, one, "reference"), exact)
+        assert error(_analysis(x, one, backend), exact) <= 2 * max(plain, floor)
         bands = exact.to(dtype).unbind(1)
         exact = _synthesis([band.double() for band in bands], one, shape[1:], "reference")
-        plain = _error(_synthesis(bands, one, shape[1:], "reference"), exact)
+        plain = error(_synthesis(bands, one, shape[1:], "reference"), exact)
         actual = _synthesis(bands, one, shape[1:], backend)
         assert actual.dtype == dtype
-        assert _error(actual, exact) <= 3 * max(plain, floor)
+        assert error(actual, exact) <= 3 * max(plain, floor)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("backend", KERNELS)
 @each_mode
 def test_gradients(backend: str, mode: str) -> None:
     require(backend, mode)
@@ -407,7 +413,7 @@ def test_not_a_number_stays_where_it_belongs(backend: str) -> None:
     assert y[0, :, 5, 6].isnan().all()
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("backend", [parameter("cpu")])
 def test_index_arithmetic_beyond_32_bits(backend: str, tmp_path: Any) -> None:
     """Planes and rows farther apart than 2^31 elements, in a sparse file of which few pages are ever touched."""
     rows, plane = 2**28 + 8, 2**32 + 16
@@ -478,8 +484,8 @@ def test_triton_haar(dtype: torch.dtype) -> None:
         one = level("haar", mode, dilation)
         expected = _analysis(x.double(), one, "reference")
         floor = torch.finfo(dtype).eps / 8
-        plain = _error(_analysis(x, one, "reference"), expected)
-        assert _error(_analysis(x, one, "triton"), expected) <= 2 * max(plain, floor)
+        plain = error(_analysis(x, one, "reference"), expected)
+        assert error(_analysis(x, one, "triton"), expected) <= 2 * max(plain, floor)
 
 
 @needs_triton
@@ -536,20 +542,20 @@ def test_on_gpu(backend: str, wavelet: str, mode: str, dtype: torch.dtype) -> No
         x = random(*shape, dtype=dtype)
         exact = _analysis(x.double(), one, "reference")
         floor = torch.finfo(dtype).eps
-        plain = _error(_analysis(x, one, "reference").double(), exact)
-        assert _error(_analysis(x.cuda(), one, backend).cpu().double(), exact) <= max(2 * plain, floor)
+        plain = error(_analysis(x, one, "reference").double(), exact)
+        assert error(_analysis(x.cuda(), one, backend).cpu().double(), exact) <= max(2 * plain, floor)
         bands = [band.to(dtype) for band in exact.unbind(1)]
         exact = _synthesis([band.double() for band in bands], one, shape[1:], "reference")
-        plain = _error(_synthesis(bands, one, shape[1:], "reference").double(), exact)
+        plain = error(_synthesis(bands, one, shape[1:], "reference").double(), exact)
         assert torch.equal(torch.stack(_bands_of(x.cuda(), one, backend), 1), _analysis(x.cuda(), one, backend))
         ours = _synthesis([band.cuda() for band in bands], one, shape[1:], backend)
-        assert _error(ours.cpu().double(), exact) <= max(2 * plain, floor)
+        assert error(ours.cpu().double(), exact) <= max(2 * plain, floor)
 
 
 # ---- Bands in memory of their own ------------------------------------------------------------------------------------
 
 
-WITH_TRITON = [*BACKENDS, pytest.param("triton", marks=needs_triton)]
+WITH_TRITON = parameters(OPERATOR, torch.float64, interpreted=True)
 
 
 @pytest.mark.parametrize("backend", WITH_TRITON)
@@ -565,8 +571,8 @@ def test_bands_are_those_of_the_stacked_result(backend: str, mode: str, wavelet:
             assert all(band.untyped_storage().nbytes() == band.numel() * band.element_size() for band in bands)
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the compiled CPU kernels")
-def test_big_bands_on_the_cpu_share_memory() -> None:
+@pytest.mark.parametrize("backend", [parameter("cpu")])
+def test_big_bands_on_the_cpu_share_memory(backend: str) -> None:
     x, one = random(1, 2048, 4096, dtype=torch.float32), level("haar", "stationary")
     bands = _bands_of(x, one, "cpu")
     assert len({band.untyped_storage().data_ptr() for band in bands}) == 1
@@ -586,10 +592,8 @@ def test_gradient_of_some_of_the_bands(backend: str) -> None:
 
 # ---- torch.library and torch.compile ---------------------------------------------------------------------------------
 
-COMPILED = [name for name in BACKENDS if name != "reference"]
 
-
-@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("mode", ["symmetric", "stationary"])
 def test_opcheck(backend: str, mode: str) -> None:
     suffix = "_triton" if backend == "triton" else ""
@@ -601,7 +605,7 @@ def test_opcheck(backend: str, mode: str) -> None:
     torch.library.opcheck(getattr(torch.ops.pansharp_fast, f"wavelet_bwd{suffix}").default, (*bands, *one, 6, 8))
 
 
-@pytest.mark.parametrize("backend", [None, *COMPILED])
+@pytest.mark.parametrize("backend", [None, *KERNELS])
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiles_as_one_graph(backend: str | None) -> None:
     def f(x: torch.Tensor) -> torch.Tensor:
