@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-_FOLDER = Path(__file__).resolve().parent
+#: Where the libraries lie: beside this file, or in a folder with another build of them.
+_FOLDER = Path(os.environ.get("PANSHARP_FAST_LIBRARIES") or Path(__file__).resolve().parent)
 
 
 def build_info() -> ModuleType | None:

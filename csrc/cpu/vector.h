@@ -7,7 +7,7 @@
 
 #include "cpu/exponential.h"
 
-#ifdef PSF_X86
+#if defined(__SSE2__)
 #include <immintrin.h>  // conversion of float16; masked forms, as GCC 12 warns of the others
 #endif
 

@@ -82,6 +82,7 @@ class Library:
         flags = [
             "-std=c++20", self.optimise, "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE", "-fcf-protection=none",
             f"-DPSF_SIMT={self.namespace}", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            *os.environ.get("SIMT_FLAGS", "").split(),
         ]  # fmt: skip
         digest = hashlib.sha256(" ".join([self.text, torch.__version__, *flags]).encode())
         for header in sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), HERE / "simt.h"]):

@@ -8,6 +8,9 @@
 
 #include <setjmp.h>
 #include <ucontext.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -62,8 +65,25 @@ constexpr unsigned char kPoison = 0xff;  // an all-ones float, double, half or b
 
 enum class State { ready, block, warp, done };
 
+struct Stack {
+  const void* bottom = nullptr;
+  size_t size = 0;
+};
+
+// AddressSanitizer is told of every switch to another stack.
+#ifdef __SANITIZE_ADDRESS__
+inline void leave(const void* bottom, size_t size) { __sanitizer_start_switch_fiber(nullptr, bottom, size); }
+inline void arrive(Stack* from = nullptr) {
+  __sanitizer_finish_switch_fiber(nullptr, from ? &from->bottom : nullptr, from ? &from->size : nullptr);
+}
+#else
+inline void leave(const void*, size_t) {}
+inline void arrive(Stack* = nullptr) {}
+#endif
+
 struct Fiber {
   jmp_buf context;
+  char* stack = nullptr;
   State state = State::ready;
   dim3 thread;
   unsigned linear = 0;
@@ -76,6 +96,7 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<std::unique_ptr<char[]>> stacks;  // of the fibers, kept from launch to launch
   jmp_buf scheduler;
+  Stack own;  // the scheduler's
   Fiber* current = nullptr;
   int fault = -1;
   std::function<void()> body;
@@ -96,12 +117,15 @@ inline bool fault(int number) { return machine().fault == number; }
 inline void yield(State state) {
   Machine& m = machine();
   m.current->state = state;
+  leave(m.own.bottom, m.own.size);
   if (_setjmp(m.current->context) == 0) _longjmp(m.scheduler, 1);
+  arrive();
 }
 
 // A fiber's life: a block after another.
 inline void entry() {
   Machine& m = machine();
+  arrive(&m.own);
   while (true) {
     yield(State::done);
     try {
@@ -116,19 +140,24 @@ inline void entry() {
 [[gnu::noinline]] inline void resume(Machine& m, Fiber& fiber) {
   m.current = &fiber;
   threadIdx = fiber.thread;
+  leave(fiber.stack, kStack);
   if (_setjmp(m.scheduler) == 0) _longjmp(fiber.context, 1);
+  arrive();
 }
 
 // Lets a fiber come to `entry`'s loop; the first `resume` runs its first block.
 [[gnu::noinline]] inline void start(Machine& m, Fiber& fiber, char* stack) {
   m.current = &fiber;
+  fiber.stack = stack;
   ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = stack;
   context.uc_stack.ss_size = kStack;
   context.uc_link = nullptr;
   makecontext(&context, entry, 0);
+  leave(stack, kStack);
   if (_setjmp(m.scheduler) == 0) setcontext(&context);
+  arrive();
 }
 
 // Where lanes in `mask` have all arrived (lanes that returned count as arrived), let them go on.
