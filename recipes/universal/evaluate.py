@@ -262,7 +262,7 @@ def full(shared: Path, chosen: list[str], compared: Methods, pictures: Path | No
             x = results[method] = run(case)
             correlation, energy = sharpness(x, case.pan)
             # The toolbox's MS grid lies half a pixel from aligned areas: where it wants the image, and the MS frame.
-            framed = move(x, case.d + case.phase - RATIO / 2)
+            framed = move(x, case.d + RATIO / 2 - case.phase)
             h, w = (extent // 32 * 32 for extent in framed.shape[2:])
             framed, ms = framed[..., :h, :w], case.ms[..., : h // RATIO, : w // RATIO]
             distortion = float(metrics.d_lambda_k(framed, ms, case.sensor, RATIO))

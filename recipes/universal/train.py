@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pansharp_fast.models import save_model
+from pansharp_fast.models import load_model, save_model
 from pansharp_fast.models.universal import Inputs, Universal, UniversalConfig
 
 FIELDS = ("details", "bands", "pan", "facts", "target")
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.998, help="of the moving average")
     parser.add_argument("--tilt", type=float, default=2.5, help="preference for patches whose truth holds more detail")
+    parser.add_argument("--init", type=Path, help="weights to start from, such as recipes/universal/start.safetensors")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-attention", action="store_true")
@@ -152,6 +153,8 @@ def main() -> None:
     last = arguments.run / "last.pt"
 
     model = Universal(UniversalConfig(attention=not arguments.no_attention))
+    if arguments.init:
+        model.load_state_dict(load_model(arguments.init).state_dict())
     average = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.rate, weight_decay=1e-4, betas=(0.9, 0.98))
     step, started = 0, time.monotonic()

@@ -85,3 +85,9 @@ def test_training_goes_on(simulate, tmp_path):
     whole, parts = (load_model(tmp_path / run / "universal.safetensors").state_dict() for run in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert whole["head.weight"].abs().max() > 0
+
+
+def test_checkpoint_to_go_on_from():
+    model = load_model(RECIPE / "start.safetensors")
+    assert model.architecture == "universal"
+    assert model.head.weight.abs().max() > 0
