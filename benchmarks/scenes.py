@@ -118,7 +118,7 @@ def check(folder: Path, bands: int) -> None:
         with rasterio.open(folder / f"{name}.tif") as file:
             images.append(file.read().astype(int))
     worst = int(np.abs(images[0] - images[1]).max())
-    if worst > 1:
+    if worst > 2:  # GDAL rounds the up-sampled bands to PAN's type on the way
         raise SystemExit(f"Brovey: expected GDAL's values, got {worst} DN apart")
 
 

@@ -267,10 +267,13 @@ def hold_chroma(x: Tensor, start: Tensor, up: Tensor, ratio: Both) -> Tensor:
         ratio: PAN pixels per MS pixel.
     """
     reach = [round(value) for value in both(ratio)]
-    size = (2 * reach[0] + 1, 2 * reach[1] + 1)
 
     def highest(chroma: Tensor) -> Tensor:
-        return F.max_pool2d(chroma, size, stride=1, padding=(reach[0], reach[1]))
+        for axis, far in enumerate(reach):  # one axis after the other
+            window, padding = [1, 1], [0, 0]
+            window[axis], padding[axis] = 2 * far + 1, far
+            chroma = F.max_pool2d(chroma, window, stride=1, padding=padding)
+        return chroma
 
     change, before, known = (image - image.mean(1, keepdim=True) for image in (x, start, up))
     high, low = torch.maximum(highest(known), before), torch.minimum(-highest(-known), before)

@@ -334,7 +334,13 @@ def test_stopped_run_leaves_nothing(number, scene, weights, tmp_path):
     command = [sys.executable, "-m", "pansharp_fast", "sharpen", str(pan), str(ms), str(tmp_path / "out.tif")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = ["--weights", str(weights), "--tile", "96", "--overlap", "32", "--preview", str(tmp_path / "look.png")]
-    with subprocess.Popen([*command, *options], env=environment, stderr=subprocess.DEVNULL) as process:
+
+    def listen() -> None:  # a shell's background jobs ignore some signals, and so would their children
+        signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        [*command, *options], env=environment, stderr=subprocess.DEVNULL, preexec_fn=listen
+    ) as process:
         while not list(tmp_path.glob(".sharpen-*/*")):
             assert process.poll() is None
             time.sleep(0.02)
