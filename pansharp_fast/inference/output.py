@@ -143,16 +143,16 @@ def _creation_options(driver: str) -> list[ElementTree.Element]:
         return list(ElementTree.fromstring(gdal.GDALGetMetadataItem(handle, b"DMD_CREATIONOPTIONLIST", None)))
 
 
-def choose_nodata(scene: Source, dtype: np.dtype, asked: float | None) -> float | None:
+def choose_nodata(scene: Source, dtype: np.dtype, asked: float | None, moved: bool = False) -> float | None:
     """The value that stands for "no data" in the output, or None where every pixel will hold data.
 
-    `asked`, else what MS or PAN declares, else 0 (integers) or NaN.
+    `asked`, else what MS or PAN declares, else 0 (integers) or NaN. Bands that are `moved` may leave pixels void.
 
     Raises:
         ValueError: `dtype` does not hold the value.
     """
     declared = [value for value in (asked, scene.ms_file.nodata, scene.pan_file.nodata) if value is not None]
-    if not declared and not scene.may_lack_data:
+    if not (declared or moved or scene.may_lack_data):
         return None
     value = declared[0] if declared else (math.nan if dtype.kind == "f" else 0)
     limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)

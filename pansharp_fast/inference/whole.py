@@ -213,9 +213,7 @@ def sharpen_scene(
             uncertainty=uncertainty is not None,
         )
         pixel = np.dtype(dtype or pair.ms_file.dtypes[pair.bands[0] - 1])
-        value = choose_nodata(pair, pixel, nodata)
-        if value is None and registration.applied:
-            value = choose_nodata(_Lacking(pair), pixel, nodata)
+        value = choose_nodata(pair, pixel, nodata, registration.applied)
         side, reached = engines.options(engine, tile, overlap)
         rows, columns = engines.spans(engine, side, reached)
         core = side - 2 * reached
@@ -280,13 +278,3 @@ def sharpen_scene(
             clipped=clipped / max(held * engine.bands, 1),
             notes=tuple(pair.notes),
         )
-
-
-class _Lacking:
-    """A pair whose moved bands leave pixels of PAN without data."""
-
-    may_lack_data = True
-
-    def __init__(self, pair: RasterPair) -> None:
-        self.pan_file, self.ms_file, self.bands = pair.pan_file, pair.ms_file, pair.bands
-        self.height, self.width = pair.height, pair.width
