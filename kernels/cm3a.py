@@ -9,7 +9,6 @@ arithmetic is in float32; values are converted right after each load.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -285,7 +284,6 @@ class _Launch:
         }
         self.learned = weight is not None
         self.blocks = batch * heads * triton.cdiv(height * width, block)
-        self.device = torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
 
     def dense(self, *tensors: Tensor) -> list[Tensor]:
         return [tensor.contiguous(memory_format=self.format) for tensor in tensors]
@@ -320,11 +318,10 @@ def cm3a_fwd(
     inputs = launch.dense(q, k_pan, v_pan, k_ms, v_ms)
     outputs = launch.like(q), launch.like(q)
     if q.numel():
-        with launch.device:
-            _forward[(launch.blocks,)](
-                *inputs, launch.factor, *outputs, scale, *launch.shape, LEARNED=launch.learned, **launch.constants,
-                num_warps=WARPS,
-            )  # fmt: skip
+        _forward[(launch.blocks,)](
+            *inputs, launch.factor, *outputs, scale, *launch.shape, LEARNED=launch.learned, **launch.constants,
+            num_warps=WARPS,
+        )  # fmt: skip
     return outputs
 
 
@@ -355,24 +352,23 @@ def cm3a_bwd(
     constants = {"LEARNED": launch.learned, **launch.constants}
     partial = q.new_zeros((0, launch.count + 1, launch.dim, launch.count), dtype=torch.float32)
     if q.numel():
-        with launch.device:
-            _backward_query[(launch.blocks,)](
-                *tensors, launch.factor, grad_q, space, scale, *launch.shape, plane, **constants, num_warps=WARPS
+        _backward_query[(launch.blocks,)](
+            *tensors, launch.factor, grad_q, space, scale, *launch.shape, plane, **constants, num_warps=WARPS
+        )
+        for left, out, c in (
+            (q, grad_k_pan, space[0, 1]),
+            (grad_pan, grad_v_pan, space[0, 0]),
+            (q, grad_k_ms, space[1, 1]),
+            (grad_ms, grad_v_ms, space[1, 0]),
+        ):
+            _backward_neighbours[(launch.blocks,)](left, out, c, launch.factor, *launch.shape, **constants)
+        if launch.learned:
+            # A fixed number of shares, summed in a fixed order.
+            shares = min(launch.blocks, 64)
+            partial = partial.new_empty((shares, *partial.shape[1:]))
+            _backward_factor[(shares, launch.count + 1)](
+                *tensors, space, partial, *launch.shape, plane, launch.blocks, **launch.constants
             )
-            for left, out, c in (
-                (q, grad_k_pan, space[0, 1]),
-                (grad_pan, grad_v_pan, space[0, 0]),
-                (q, grad_k_ms, space[1, 1]),
-                (grad_ms, grad_v_ms, space[1, 0]),
-            ):
-                _backward_neighbours[(launch.blocks,)](left, out, c, launch.factor, *launch.shape, **constants)
-            if launch.learned:
-                # A fixed number of shares, summed in a fixed order.
-                shares = min(launch.blocks, 64)
-                partial = partial.new_empty((shares, *partial.shape[1:]))
-                _backward_factor[(shares, launch.count + 1)](
-                    *tensors, space, partial, *launch.shape, plane, launch.blocks, **launch.constants
-                )
     gradients = grad_q, grad_k_pan, grad_v_pan, grad_k_ms, grad_v_ms
     if weight is None:
         return *gradients, q.new_empty(0), q.new_empty(0)

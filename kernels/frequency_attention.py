@@ -2,7 +2,8 @@
 
 A program holds [D, BLOCK] amplitudes and phases of one head; D is padded to a power of two of at least 16, as the
 matrix unit asks. Spectra are contiguous float32 [B, C, H, W // 2 + 1, 2]. Sums over frequencies are cut into a fixed
-number of runs, whose results torch adds up in float64: the same bits every time.
+number of runs, whose results torch adds up in float64: the same bits every time. Grids have one axis, because others
+end at 65535 programs.
 """
 
 # mypy: ignore-errors
@@ -87,7 +88,7 @@ def _gram_kernel(
     q, k, out, height, width, columns, depth, runs,
     DEPTH: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    run, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    run, head = tl.program_id(0) % runs, (tl.program_id(0) // runs).to(tl.int64)
     total = height * columns
     amplitudes = tl.zeros((DEPTH, DEPTH), tl.float32)
     phases = tl.zeros((DEPTH, DEPTH), tl.float32)
@@ -110,9 +111,10 @@ def _gram_kernel(
 def _apply_kernel(
     v, attention, height, width, columns, depth, DEPTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    head = tl.program_id(1).to(tl.int64)
     total = height * columns
+    blocks = tl.cdiv(total, BLOCK)
+    n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
     offsets, mask = _offsets(head * depth * total * 2, n, total, depth, DEPTH)
     real, _ = _frequencies(n[None, :], height, width, columns)
     re, im = tl.load(v + offsets, mask=mask, other=0.0), tl.load(v + offsets + 1, mask=mask, other=0.0)
@@ -128,7 +130,7 @@ def _apply_backward_kernel(
     v, grad, attention, out, height, width, columns, depth, runs,
     DEPTH: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    run, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    run, head = tl.program_id(0) % runs, (tl.program_id(0) // runs).to(tl.int64)
     total = height * columns
     for_amplitudes = _load_matrix(attention, head * 2, depth, DEPTH)
     for_phases = _load_matrix(attention, head * 2 + 1, depth, DEPTH)
@@ -165,9 +167,10 @@ def _apply_backward_kernel(
 def _gram_backward_kernel(
     q, k, grad, height, width, columns, depth, DEPTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    head = tl.program_id(1).to(tl.int64)
     total = height * columns
+    blocks = tl.cdiv(total, BLOCK)
+    n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
     offsets, mask = _offsets(head * depth * total * 2, n, total, depth, DEPTH)
     real, weight = _frequencies(n[None, :], height, width, columns)
     q_re, q_im = tl.load(q + offsets, mask=mask, other=0.0), tl.load(q + offsets + 1, mask=mask, other=0.0)
@@ -196,8 +199,9 @@ def _gram_backward_kernel(
 def _inverse_norm_kernel(
     x, out, pixels, image_stride, channel_stride, pixel_stride, smallest, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    image = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(pixels, BLOCK)
+    n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
     mask = n < pixels
     pointer = x + image * image_stride + n.to(tl.int64) * pixel_stride
     total = tl.zeros((BLOCK,), tl.float32)
@@ -213,8 +217,9 @@ def _normalize_backward_kernel(
     x, inverse, grad, pixels, image_stride, channel_stride, pixel_stride, clamped,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    image = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(pixels, BLOCK)
+    n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
     mask = n < pixels
     pointer = x + image * image_stride + n.to(tl.int64) * pixel_stride
     target = grad + image * CHANNELS * pixels + n
@@ -260,13 +265,13 @@ def frequency_attention_gram(q, k, num_heads, width):
     run = _run(total, constants["BLOCK"])
     runs = triton.cdiv(total, run)
     partial = q.new_empty((heads, runs, 2, shape[3], shape[3]))
-    _gram_kernel[(runs, heads)](q, k, partial, *shape, runs, RUN=run, **constants)
+    _gram_kernel[(runs * heads,)](q, k, partial, *shape, runs, RUN=run, **constants)
     return _reduce(partial, q, num_heads)
 
 
 def frequency_attention_apply(v, attention, num_heads, width):
     shape, heads, total, constants = _shape(v, num_heads, width)
-    _apply_kernel[(triton.cdiv(total, constants["BLOCK"]), heads)](v, attention, *shape, **constants)
+    _apply_kernel[(triton.cdiv(total, constants["BLOCK"]) * heads,)](v, attention, *shape, **constants)
 
 
 def frequency_attention_apply_bwd(v, grad, attention, num_heads, width):
@@ -274,20 +279,20 @@ def frequency_attention_apply_bwd(v, grad, attention, num_heads, width):
     run = _run(total, constants["BLOCK"])
     runs = triton.cdiv(total, run)
     partial = v.new_empty((heads, runs, 2, shape[3], shape[3]))
-    _apply_backward_kernel[(runs, heads)](v, grad, attention, partial, *shape, runs, RUN=run, **constants)
+    _apply_backward_kernel[(runs * heads,)](v, grad, attention, partial, *shape, runs, RUN=run, **constants)
     return _reduce(partial, v, num_heads)
 
 
 def frequency_attention_gram_bwd(q, k, grad, num_heads, width):
     shape, heads, total, constants = _shape(q, num_heads, width)
-    _gram_backward_kernel[(triton.cdiv(total, constants["BLOCK"]), heads)](q, k, grad, *shape, **constants)
+    _gram_backward_kernel[(triton.cdiv(total, constants["BLOCK"]) * heads,)](q, k, grad, *shape, **constants)
 
 
 def frequency_attention_inverse_norm(x):
     batch, channels, height, width = x.shape
     out = torch.empty((batch, 1, height, width), dtype=torch.float32, device=x.device)
     strides = (x.stride(0), x.stride(1), x.stride(3))
-    grid = (triton.cdiv(height * width, 256), batch)
+    grid = (triton.cdiv(height * width, 256) * batch,)
     _inverse_norm_kernel[grid](x, out, height * width, *strides, SMALLEST_NORM, CHANNELS=channels, BLOCK=256)
     return out
 
@@ -295,7 +300,7 @@ def frequency_attention_inverse_norm(x):
 def frequency_attention_normalize_bwd(x, inverse, grad):
     batch, channels, height, width = x.shape
     strides = (x.stride(0), x.stride(1), x.stride(3))
-    grid = (triton.cdiv(height * width, 256), batch)
+    grid = (triton.cdiv(height * width, 256) * batch,)
     _normalize_backward_kernel[grid](
         x, inverse, grad, height * width, *strides, 0.999 / SMALLEST_NORM, CHANNELS=channels, BLOCK=256
     )

@@ -138,8 +138,18 @@ def _synthesis_kernel(
     tl.store(out, total.to(x.dtype.element_ty), mask=(r < height)[:, None] & (c < width)[None, :])
 
 
+def _taps(taps: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A graph cannot copy from pageable memory, and what it allocates is its own: fills, and nothing is kept.
+        filled = torch.empty(len(taps), dtype=dtype, device=device)
+        for index, tap in enumerate(taps):
+            filled[index].fill_(tap)
+        return filled
+    return _kept_taps(tuple(taps), dtype, device)
+
+
 @functools.lru_cache(maxsize=256)
-def _taps(taps: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _kept_taps(taps: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.tensor(taps, dtype=dtype, device=device)
 
 
@@ -190,7 +200,7 @@ def _analysis(
     wide = _wide(x.dtype)
     grid = (planes * triton.cdiv(rows, _TILE[0]) * triton.cdiv(count, _TILE[1]),)
     _analysis_kernel[grid](
-        x, *bands, _taps(tuple(taps_y), wide, x.device), _taps(tuple(taps_x), wide, x.device), height, width, rows,
+        x, *bands, _taps(taps_y, wide, x.device), _taps(taps_x, wide, x.device), height, width, rows,
         count, offset_y, offset_x, dilation, x.stride(0), x.stride(1), bands[0].stride(0), TAPS_Y=length_y,
         TAPS_X=length_x, MODE_Y=mode_y, MODE_X=mode_x, STEP=step,
         ACC=tl.float64 if wide == torch.float64 else tl.float32, BH=_TILE[0], BW=_TILE[1],
@@ -209,9 +219,11 @@ def _fold(e: torch.Tensor, before: int, n: int, mode: int) -> torch.Tensor:
     """[..., before + n + behind] -> [..., n]: border positions are added to the samples that they continue."""
     if e.shape[-1] == n:
         return e
-    positions = torch.cat([torch.arange(-before, 0), torch.arange(n, e.shape[-1] - before)]).to(e.device)
+    ends = ((-before, 0), (n, e.shape[-1] - before))
+    positions = torch.cat([torch.arange(*end, device=e.device) for end in ends])
     outer = torch.cat([e[..., :before], e[..., before + n :]], -1)
-    return e[..., before : before + n] + outer @ extension(positions, n, MODES[mode]).to(e.dtype)
+    # In float64: torch's setting may let products of float32 use TF32.
+    return e[..., before : before + n] + (outer.double() @ extension(positions, n, MODES[mode])).to(e.dtype)
 
 
 def wavelet_bwd(
@@ -233,7 +245,7 @@ def wavelet_bwd(
     bands = [_adjacent(band) for band in (a, h, v, d)]
     grid = (planes * triton.cdiv(e.shape[1], _TILE[0]) * triton.cdiv(e.shape[2], _TILE[1]),)
     _synthesis_kernel[grid](
-        *bands, e, _taps(tuple(taps_y), wide, a.device), _taps(tuple(taps_x), wide, a.device), e.shape[1], e.shape[2],
+        *bands, e, _taps(taps_y, wide, a.device), _taps(taps_x, wide, a.device), e.shape[1], e.shape[2],
         rows, count, offset_y + top, offset_x + left, dilation,
         *(band.stride(dim) for band in bands for dim in (0, 1)), TAPS_Y=length_y, TAPS_X=length_x, STEP=step,
         ACC=tl.float64 if wide == torch.float64 else tl.float32, BH=_TILE[0], BW=_TILE[1],

@@ -27,10 +27,14 @@ class Schedule:
         f = torch.cos((u + s) / (1 + s) * (math.pi / 2)).square()
         self.betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         self.alphas_cumprod = (1 - self.betas).cumprod(0)
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def factors(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t) as float32 [B, 1, 1, 1] for time [B], on its device."""
-        signal, sigma = (x.sqrt().float().to(time.device) for x in (self.alphas_cumprod, 1 - self.alphas_cumprod))
+        if time.device not in self._tables:  # copied once: a copy waits for the device
+            both = (self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt())
+            self._tables[time.device] = (both[0].float().to(time.device), both[1].float().to(time.device))
+        signal, sigma = self._tables[time.device]
         return signal[time][:, None, None, None], sigma[time][:, None, None, None]
 
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .._extension import load_error
 
@@ -169,7 +170,7 @@ def reasons(operator: Operator, backend: str, tensors: Sequence[torch.Tensor], *
         found.extend(support.check(*tensors, **options))
     if backend != "reference" and transformed():
         found.append("torch.func: expected no transform around the call (backend='reference' takes them all)")
-    failure = _verdicts.get((operator.name, backend, tensors[0].device))
+    failure = _verdict(operator.name, backend, tensors[0].device)
     if failure is not None:
         found.append(failure)
     return found
@@ -302,14 +303,36 @@ _lock = threading.RLock()
 _running: set[tuple[str, str, torch.device]] = set()  # being compared by the holder: the check calls the operator
 
 
+@traced_as_constant
+def _verdict(name: str, backend: str, device: torch.device) -> str | None:
+    """What a comparison found; None also where there was none."""
+    return _verdicts.get((name, backend, device))
+
+
 def _selfcheck(operator: Operator, backend: str, device: torch.device) -> str | None:
-    """Why a GPU backend may not be used: it is compared with the reference on a tiny input, once a device."""
+    """Why a GPU backend may not be used: it is compared with the reference on a tiny input, once a device.
+
+    A call that torch.compile traces has it compared as well, so programs that only compile have a verdict. While a CUDA
+    graph records nothing is compared: the calls that warm it up are.
+    """
     if operator.selfcheck is None or backend not in ("cuda", "triton") or device.type == "cpu":
         return None
+    if torch.compiler.is_compiling():
+        return _selfcheck_registered(operator.name, backend, device)
+    return _selfcheck_now(operator, backend, device)
+
+
+@traced_as_constant
+def _selfcheck_registered(name: str, backend: str, device: torch.device) -> str | None:
+    """`_selfcheck_now` that torch.compile runs instead of tracing it."""
+    return _selfcheck_now(OPERATORS[name], backend, device)
+
+
+def _selfcheck_now(operator: Operator, backend: str, device: torch.device) -> str | None:
     key = (operator.name, backend, device)
     if key in _verdicts:
         return _verdicts[key]
-    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None  # another call decides; a graph cannot hold the comparison
     with _lock:
         if key in _running:
@@ -327,10 +350,13 @@ def _selfcheck(operator: Operator, backend: str, device: torch.device) -> str | 
 
 
 def _compare(operator: Operator, backend: str, device: torch.device) -> None:
-    """The operator's self-check, which takes gradients and names its dtypes and devices, in whatever modes we are."""
+    """The operator's self-check, which takes gradients and names its dtypes and devices, in whatever modes we are.
+
+    Among the modes are those of dispatch: under FakeTensorMode there would be no values to compare.
+    """
     assert operator.selfcheck is not None
     with contextlib.ExitStack() as modes:
-        for mode in (torch.inference_mode(False), torch.enable_grad(), torch.device("cpu")):
+        for mode in (_disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu")):
             modes.enter_context(mode)
         if torch.amp.is_autocast_available(device.type):
             modes.enter_context(torch.autocast(device.type, enabled=False))

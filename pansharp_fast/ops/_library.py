@@ -54,7 +54,9 @@ def define(
 
         def call_triton(*args: Any) -> Any:
             module = importlib.import_module(f"pansharp_fast.kernels.{triton_module}")
-            return getattr(module, name)(*args) if implementation is None else implementation(module, *args)
+            # Triton launches on the current device, which need not be that of the tensors.
+            with torch.cuda.device_of(args[0]):
+                return getattr(module, name)(*args) if implementation is None else implementation(module, *args)
 
         for key in DEVICES:
             _library.impl(f"{name}_triton", call_triton, key)

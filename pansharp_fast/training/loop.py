@@ -129,6 +129,7 @@ class Trainer:
         self.device = options.device(config.device)
         if self.device == torch.device("cuda") and self.world > 1:
             self.device = options.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+            torch.cuda.set_device(self.device)  # NCCL, and whatever else asks for the current one
         self.progress = progress and self.rank == 0
         if config.batch_size % self.world:
             raise ValueError(f"batch_size: expected a multiple of {self.world} processes, got {config.batch_size}")

@@ -225,3 +225,41 @@ def test_a_missing_library_keeps_its_reason(monkeypatch: pytest.MonkeyPatch, tmp
     assert "_C.so was not built" in str(_extension.load_error.__wrapped__("_C"))
     (tmp_path / "_C.so").write_text("no library")
     assert "does not load with torch" in str(_extension.load_error.__wrapped__("_C"))
+
+
+def test_a_selfcheck_compares_values_under_fake_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def check(backend: str, device: torch.device) -> None:
+        assert torch.ones(2).sum().item() == 2
+
+    right = Operator("right of fakes", {"cuda": Support(("meta",), FLOAT)}, check)
+    monkeypatch.setattr(backends, "unavailable", lambda backend: None)
+    with FakeTensorMode():
+        assert select(right, [torch.zeros(1, device="meta")], "cuda") == "cuda"
+    assert backends._verdicts["right of fakes", "cuda", torch.device("meta")] is None
+
+
+def test_what_only_compiles_is_selfchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def check(backend: str, device: torch.device) -> None:
+        backends.OPERATORS["cm3a"].selfcheck("cpu", torch.device("cpu"))  # as much as a real one does
+        calls.append(backend)
+        raise AssertionError("values differ")
+
+    support = {"cuda": Support(("meta",), FLOAT), "reference": Support(("meta",), FLOAT)}
+    wrong = Operator("wrong compiled", support, check)
+    monkeypatch.setitem(backends.OPERATORS, wrong.name, wrong)
+    monkeypatch.setattr(backends, "unavailable", lambda backend: None)
+
+    def choose(x: torch.Tensor) -> torch.Tensor:
+        return x + len(select(wrong, [x]))
+
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = torch.compile(choose, backend="eager")(torch.zeros(3, device="meta"))
+    assert out.shape == (3,)
+    assert calls == ["cuda"]
+    assert "values differ" in str(backends._verdicts[wrong.name, "cuda", torch.device("meta")])

@@ -93,8 +93,10 @@ def judge(operator: str, sample: Sample, actual: tuple[list, list], gradient: bo
     winograd = WINOGRAD / torch.finfo(actual[0][0].dtype).eps
     floors = FLOORS.get(operator, (winograd, winograd))
     for got, usual, want, factor, floor in zip(actual, plain, exact, (FORWARD, BACKWARD), floors, strict=True):
-        # Tensor cores truncate their sums: three TF32 products make up to 2.1 times the error of float32.
+        # Tensor cores truncate their sums: three TF32 products make up to 2.1 times the error of float32, and up to 4
+        # roundings in the few values of one pixel, where plain PyTorch may make none.
         more = operator == "cm3a" and sample.tensors[0].is_cuda
+        floor += 2 * more
         # Plain PyTorch's error in float32, which stands for that in float64, is another draw.
         floor += dtype == torch.float64
         assert_accurate(got, usual, want, factor=factor + more, floor=floor)

@@ -66,7 +66,7 @@ def main(capability: int) -> None:
     # the launchers take them for a GPU's.
     os.environ["TRITON_INTERPRET"] = "1"
     torch.Tensor.is_cuda = True
-    torch.cuda.device = contextlib.nullcontext
+    torch.cuda.device_of = contextlib.nullcontext
     launch_cm3a()
     launch_wavelet()
     launch_frequency_attention()
