@@ -266,6 +266,7 @@ class UniversalConfig:
         band_width: channels of a band's features, at half of PAN's resolution.
         trunk_width: channels of the trunk, at a quarter.
         depth: residual blocks before and after the trunk's CM3A block.
+        band_depth: residual blocks of each band's own, before its features meet the others'.
         num_heads: of CM3A.
         attention: whether there is a CM3A block.
         bands: None: any number.
@@ -274,6 +275,7 @@ class UniversalConfig:
     band_width: int = 32
     trunk_width: int = 64
     depth: tuple[int, int] = (1, 2)
+    band_depth: int = 0
     num_heads: int = 4
     attention: bool = True
     bands: int | None = None
@@ -283,7 +285,7 @@ class UniversalConfig:
         if self.bands is not None:
             raise ValueError(f"bands: expected None (any number), got {self.bands}")
         sizes = dict.fromkeys(("band_width", "trunk_width", "num_heads"), (1, 16384))
-        check_fields(self, depth=(0, 64), **sizes)
+        check_fields(self, depth=(0, 64), band_depth=(0, 64), **sizes)
         if len(self.depth) != 2:
             raise ValueError(f"depth: expected two numbers of blocks, got {self.depth}")
         if self.trunk_width % self.num_heads:
@@ -320,8 +322,8 @@ class _Attention(nn.Module):
         )
         self.first, self.second = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    def forward(self, x: Tensor, ms: Tensor, lpan: Tensor, pan: Tensor) -> Tensor:
-        x_pan, x_ms = self.attention(self.norm(x), ms, lpan, pan, x.new_ones(len(x)))
+    def forward(self, x: Tensor, ms: Tensor, lpan: Tensor, pan: Tensor, mode: float = 1.0) -> Tensor:
+        x_pan, x_ms = self.attention(self.norm(x), ms, lpan, pan, x.new_full((len(x),), mode))
         x = x + x_pan + x_ms
         return x + mlp(self.first, self.second, self.norm_mlp(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -341,6 +343,7 @@ class Universal(nn.Module):
         self.band_facts, self.trunk_facts = nn.Linear(FACTS, b), nn.Linear(FACTS, t)
         # Details at half resolution; the band's guides; PAN, its misfit, and the bands' mean.
         self.encode = Conv3x3(4 * len(DETAILS) + 3 + 3, b)
+        self.alone = nn.Sequential(*(_Block(b) for _ in range(config.band_depth)))
         self.from_bands = nn.Conv2d(2 * b, t, 2, stride=2)
         self.from_pan = Conv3x3(32, t)
         self.before = nn.Sequential(*(_Block(t) for _ in range(config.depth[0])))
@@ -356,12 +359,11 @@ class Universal(nn.Module):
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Detail [B, C, H, W] to be added to up-sampled MS, in units of the scene's detail."""
+    def _encode(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Features [B·C, band_width, H/2, W/2] of the bands, and PAN's planes [B, 32, H/4, W/4]."""
         details, bands, pan = (torch.asinh(x) for x in (inputs.details, inputs.bands, inputs.pan))
-        batch, count = details.shape[:2]
-        half_pan, quarter_pan = F.avg_pool2d(pan, 2), F.pixel_unshuffle(pan, 4)
-        shared = torch.cat([half_pan, bands[:, :, 0].mean(1, keepdim=True)], 1)
+        count = details.shape[1]
+        shared = torch.cat([F.avg_pool2d(pan, 2), bands[:, :, 0].mean(1, keepdim=True)], 1)
         x = torch.cat(
             [
                 F.pixel_unshuffle(details.flatten(0, 1), 2),
@@ -371,24 +373,45 @@ class Universal(nn.Module):
             1,
         ).contiguous(memory_format=torch.channels_last)
         x = F.silu(self.encode(x) + self.band_facts(inputs.facts).flatten(0, 1)[:, :, None, None])
+        return self.alone(x), F.pixel_unshuffle(pan, 4)
 
-        grouped = x.unflatten(0, (batch, count))
+    def _trunk(self, x: Tensor, quarter_pan: Tensor, facts: Tensor, pan_mode: bool = False) -> Tensor:
+        """Features [B, trunk_width, H/4, W/4] of PAN and of the bands together."""
+        grouped = x.unflatten(0, facts.shape[:2])
         summary = torch.cat([grouped.mean(1), grouped.amax(1)], 1)
+        low_pan = F.avg_pool2d(quarter_pan[:, :16].mean(1, keepdim=True), 3, 1, 1, count_include_pad=False)
+        low_pan = low_pan.expand(-1, 16, -1, -1)
+        if pan_mode:
+            quarter_pan = torch.cat([low_pan, torch.zeros_like(low_pan)], 1)
         trunk = self.from_bands(summary) + self.from_pan(quarter_pan)
-        trunk = trunk + self.trunk_facts(inputs.facts.mean(1))[:, :, None, None]
+        trunk = trunk + self.trunk_facts(facts.mean(1))[:, :, None, None]
         trunk = self.before(trunk)
         if self.config.attention:
-            low_pan = F.avg_pool2d(quarter_pan[:, :16].mean(1, keepdim=True), 3, 1, 1, count_include_pad=False)
-            conditions = self.pan_condition(low_pan.expand(-1, 16, -1, -1)), self.pan_condition(quarter_pan[:, :16])
-            trunk = self.attend(trunk, self.ms_condition(summary), *conditions)
-        trunk = F.silu(self.after(trunk))
+            conditions = self.pan_condition(low_pan), self.pan_condition(quarter_pan[:, :16])
+            trunk = self.attend(trunk, self.ms_condition(summary), *conditions, mode=float(not pan_mode))
+        return F.silu(self.after(trunk))
 
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Detail [B, C, H, W] to be added to up-sampled MS, in units of the scene's detail."""
+        batch, count = inputs.details.shape[:2]
+        x, quarter_pan = self._encode(inputs)
+        trunk = self._trunk(x, quarter_pan, inputs.facts)
         scale, shift = self.to_bands(trunk)[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1).chunk(2, 1)
         x = torch.addcmul(x + shift, x, scale)
         x = F.silu(x + self.decode(F.silu(x)))
         out = F.pixel_shuffle(self.head(x), 2).unflatten(0, (batch, count))
         gates, residual = out[:, :, :-1], out[:, :, -1]
         return inputs.details[:, :, 0] + (gates * inputs.details).sum(2) + residual
+
+    def pan_features(self, inputs: Inputs) -> Tensor:
+        """PAN mode, in training only: the trunk's features where PAN's detail is kept from it.
+
+        The bands' details hold PAN's, so they are left out too: what the trunk learns of PAN comes from MS.
+        """
+        blank = dataclasses.replace(inputs, details=torch.zeros_like(inputs.details), pan=torch.zeros_like(inputs.pan))
+        x, _ = self._encode(blank)
+        low = F.interpolate(F.avg_pool2d(inputs.pan, 8), scale_factor=8, mode="bilinear")
+        return self._trunk(x, F.pixel_unshuffle(low, 4), inputs.facts, pan_mode=True)
 
     @staticmethod
     def check(bands: int, ratio: Both) -> None:
@@ -404,7 +427,7 @@ class Universal(nn.Module):
     @property
     def reach(self) -> int:
         """PAN pixels around a result that decide it, at ratio 4, but for the far tails of interpolation."""
-        blocks = 4 * (1 + 2 * sum(self.config.depth) + (2 if self.config.attention else 0))
+        blocks = 4 * (1 + 2 * sum(self.config.depth) + (2 if self.config.attention else 0)) + 4 * self.config.band_depth
         return 4 * (-(-(blocks + 8 + 4 * 8) // 4))
 
     @torch.no_grad()

@@ -2,6 +2,10 @@
 
     python recipes/universal/simulate.py OPEN_IMAGERY OUT_FOLDER [--scenes N] [--jobs N]
     python recipes/universal/simulate.py OPEN_IMAGERY --report
+    python recipes/universal/simulate.py OPEN_IMAGERY --pack FILE.npz
+
+The last one puts the images into one file of some 40 MB (JPEG, pairs as they are), to be given instead of
+OPEN_IMAGERY where that folder, or rasterio, is not at hand.
 
 A scene is a few images of one place and year that share one pretended sensor: virtual bands, PAN's response, sharpness,
 MTFs and wrong guesses of them, radiometry, noise, displacement. The truth lies where PAN lies; MS is displaced, band by
@@ -15,15 +19,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import io
 import math
 import multiprocessing
 import operator
 from pathlib import Path
 
 import numpy as np
-import rasterio
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from pansharp_fast.classical import Statistics
@@ -34,6 +39,8 @@ VALID, TEST = ("bishop", "eureka"), ("riverside",)
 #: Wavelengths of the source images' bands, micrometres.
 SOURCE = np.array([0.46, 0.55, 0.65, 0.84])
 PATCH = 64
+#: Splits for validation at displacements left by registration, PAN pixels.
+DISPLACED = {"still": 0.0, "near": 0.3, "far": 1.0}
 #: Registration's errors, PAN pixels at ratio 4: (share, standard deviation along each axis).
 ERRORS = ((0.6, 0.05), (0.34, 0.13), (0.06, 0.35))
 
@@ -70,6 +77,8 @@ class Scene:
 
 
 def read(path: Path) -> Tensor:
+    import rasterio
+
     with rasterio.open(path) as source:
         return torch.from_numpy(source.read().astype(np.float32))
 
@@ -77,6 +86,13 @@ def read(path: Path) -> Tensor:
 def groups(imagery: Path, split: str) -> list[list[Tensor]]:
     """Images [4, 256, 256] in [0, 1], as lists of one place and year."""
     places: dict[str, list[Tensor]] = {}
+    if imagery.is_file():
+        with np.load(imagery) as packed:
+            for key in packed.files:
+                if key.startswith(f"{split}/") and key.endswith("/ends"):
+                    files = np.split(packed[key.replace("ends", "bytes")], packed[key][:-1])
+                    places[key] = [_unjpeg(*pair) for pair in zip(files[::2], files[1::2], strict=True)]
+        return list(places.values())
     for path in sorted((imagery / "naip_urban_california").glob("*.tif")):
         place = path.stem.rsplit("_", 1)[0]
         held = "valid" if place.startswith(VALID) else "test" if place.startswith(TEST) else "train"
@@ -93,7 +109,50 @@ def groups(imagery: Path, split: str) -> list[list[Tensor]]:
                     for y in range(0, h - 255, 256)
                     for x in range(0, w - 255, 256)
                 ]
-    return list(places.values())
+    return [place for place in places.values() if place]
+
+
+def _jpeg(image: Tensor, quality: int) -> list[bytes]:
+    """An image [4, H, W] in [0, 1] as two files: green, red and near infrared; blue."""
+    values = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    files = []
+    for chosen in (values[..., 1:], values[..., 0]):
+        file = io.BytesIO()
+        Image.fromarray(chosen).save(file, "JPEG", quality=quality, **({"subsampling": 0} if chosen.ndim == 3 else {}))
+        files.append(file.getvalue())
+    return files
+
+
+def _unjpeg(*files: np.ndarray) -> Tensor:
+    three, one = (np.asarray(Image.open(io.BytesIO(file.tobytes()))) for file in files)
+    return torch.from_numpy(np.concatenate([one[None], three.transpose(2, 0, 1)])).float() / 255
+
+
+def pack(imagery: Path, file: Path, quality: int) -> None:
+    """Everything that the other commands read, in one file."""
+    content: dict[str, np.ndarray] = {}
+    for split in ("train", "valid"):
+        for number, place in enumerate(groups(imagery, split)):
+            files = [part for image in place for part in _jpeg(image, quality)]
+            content[f"{split}/{number}/ends"] = np.cumsum([len(part) for part in files])
+            content[f"{split}/{number}/bytes"] = np.frombuffer(b"".join(files), np.uint8)
+    for name in PAIRS:
+        for kind, image in zip(("pan", "ms"), pair_images(imagery, name), strict=True):
+            content[f"pair/{name}_{kind}"] = image.numpy().astype(np.uint16)
+    part = file.with_suffix(".part")
+    with open(part, "wb") as out:
+        np.savez_compressed(out, **content)
+    part.rename(file)
+    print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
+
+
+def pair_images(imagery: Path, name: str) -> tuple[Tensor, Tensor]:
+    """PAN [1, H, W] and MS [C, h, w] of one of `PAIRS`."""
+    if imagery.is_file():
+        with np.load(imagery) as packed:
+            return tuple(torch.from_numpy(packed[f"pair/{name}_{kind}"].astype(np.float32)) for kind in ("pan", "ms"))
+    stem = PAIRS[name][0]
+    return tuple(read(imagery / f"{stem}_{kind}.tif") for kind in ("pan", "ms"))
 
 
 def log_uniform(rng: np.random.Generator, low: float, high: float, size: int | None = None) -> np.ndarray:
@@ -127,18 +186,43 @@ def responses(rng: np.random.Generator, wavelengths: np.ndarray, width: float, l
     return mixed / mixed.sum(1, keepdims=True)
 
 
-def mixture(x: Tensor, weights: np.ndarray, effects: np.ndarray, power: np.ndarray) -> Tensor:
-    """Bands [K, n, H, W] of images [K, 4, H, W]: positive mixtures, bent by vegetation, hue and brightness."""
-    blue, red, nir = x[:, 0:1], x[:, 2:3], x[:, 3:4]
-    vegetation, hue = (nir - red) / (nir + red + 0.05), (blue - red) / (blue + red + 0.05)
-    linear = torch.einsum("nb,kbhw->knhw", torch.from_numpy(weights).float(), x)
-    a, b = (torch.from_numpy(effects[:, i]).float().view(-1, 1, 1) for i in (0, 1))
-    bent = linear * (1 + a * vegetation + b * hue).clamp_min(0.2)
-    return bent.clamp_min(1e-4) ** torch.from_numpy(power).float().view(-1, 1, 1)
+class Materials:
+    """Smooth random functions of a pixel's colour: what a band holds beyond a mixture of the source's bands.
+
+    Ground of one colour gets one value, so that a band's own content has edges where the image has them.
+    """
+
+    COUNT = 12
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.directions = torch.from_numpy(
+            rng.normal(0, 1, (self.COUNT, 3)) * log_uniform(rng, 1, 4, self.COUNT)[:, None]
+        )
+        self.phases = torch.from_numpy(rng.uniform(0, 2 * math.pi, self.COUNT))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[K, COUNT, H, W] of images [K, 4, H, W] in [0, 1]; each of about unit variance over colours."""
+        blue, green, red, nir = x.split(1, 1)
+        colour = torch.cat(
+            [(nir - red) / (nir + red + 0.05), 2 * (blue - red) / (blue + red + 0.05), 2 * (green + red).sqrt()], 1
+        )
+        angle = torch.einsum("nc,kchw->knhw", self.directions.float(), colour)
+        return math.sqrt(2) * torch.cos(angle + self.phases.float().view(-1, 1, 1))
 
 
-def errors(rng: np.random.Generator, bands: int, ratio: int) -> np.ndarray:
-    """[C, 2] PAN pixels by which registration is wrong."""
+def mixture(x: Tensor, materials: Tensor, weights: np.ndarray, effects: np.ndarray, power: np.ndarray) -> Tensor:
+    """Bands [K, n, H, W] of images [K, 4, H, W]: positive mixtures, bent by `materials` and by brightness."""
+    linear, bend = (
+        torch.einsum("nb,kbhw->knhw", torch.from_numpy(a).float(), b) for a, b in ((weights, x), (effects, materials))
+    )
+    return (linear * bend.clamp(-1.5, 1).exp()).clamp_min(1e-4) ** torch.from_numpy(power).float().view(-1, 1, 1)
+
+
+def errors(rng: np.random.Generator, bands: int, ratio: int, fixed: float | None = None) -> np.ndarray:
+    """[C, 2] PAN pixels by which registration is wrong, drawn from `ERRORS`, or `fixed` in some direction."""
+    if fixed is not None:
+        angle = rng.uniform(0, 2 * math.pi, bands)
+        return fixed * np.stack([np.sin(angle), np.cos(angle)], 1)
     shares, deviations = np.array(ERRORS).T
     kind = rng.choice(len(ERRORS), bands, p=shares)
     return rng.normal(0, 1, (bands, 2)) * deviations[kind][:, None] * ratio / 4
@@ -155,7 +239,7 @@ def wavelengths_of(rng: np.random.Generator, bands: int) -> np.ndarray:
     return np.sort(rng.uniform(0.42, 0.95, bands))
 
 
-def acquire(images: Tensor, rng: np.random.Generator, bands: int, ratio: int) -> Scene:
+def acquire(images: Tensor, rng: np.random.Generator, bands: int, ratio: int, wrong: float | None = None) -> Scene:
     """One pretended acquisition of images [K, 4, S, S] in [0, 1]."""
     side = images.shape[-1]
     scales, step = (1.0, 1.5, 2.0, 2.5, 3.0), math.lcm(ratio, 4)
@@ -168,25 +252,34 @@ def acquire(images: Tensor, rng: np.random.Generator, bands: int, ratio: int) ->
     x = images ** float(rng.uniform(0.8, 2.4))
     wavelengths = wavelengths_of(rng, bands)
     loose = float(rng.choice([0.0, 0.1, 0.2]))
-    slopes = rng.normal(0, 0.25, (2, 2))
-    effects = np.stack([slopes[0, i] + slopes[1, i] * (wavelengths - 0.65) / 0.2 for i in (0, 1)], 1)
-    effects += rng.normal(0, 0.1, (bands, 2))
-    spectral = mixture(x, responses(rng, wavelengths, 0.06, loose), effects, log_uniform(rng, 0.75, 1.33, bands))
+    materials = Materials(rng)
+    seen = materials(x)
+    # Functions of the wavelength: neighbouring bands are bent alike.
+    strength = float(log_uniform(rng, 0.04, 0.4)) / math.sqrt(Materials.COUNT)
+    place = (wavelengths - 0.65) / 0.2
+    waves = rng.normal(0, 1, (3, Materials.COUNT)) * np.array([0.6, 0.6, 0.4])[:, None]
+    effects = strength * (
+        np.stack([np.ones(bands), place, place**2 - 1], 1) @ waves + rng.normal(0, 0.3, (bands, Materials.COUNT))
+    )
+    power = log_uniform(rng, 0.75, 1.33, bands)
+    spectral = mixture(x, seen, responses(rng, wavelengths, 0.06, loose), effects, power)
     ends = [(0.45, 0.8), (0.45, 0.9), (0.5, 0.68), (0.4, 0.75)][rng.choice(4, p=[0.45, 0.3, 0.1, 0.15])]
     span = np.linspace(*ends, 8)
     weight = (responses(rng, span, 0.06, 0.0) * rng.uniform(0.3, 1, 8)[:, None]).sum(0, keepdims=True)
     weight = weight / weight.sum() * 0.85 + 0.15 * rng.dirichlet(np.ones(4))
-    grey = mixture(x, weight, rng.normal(0, 0.3, (1, 2)), log_uniform(rng, 0.75, 1.33, 1))
+    grey = mixture(
+        x, seen, weight, strength * rng.normal(0, 0.6, (1, Materials.COUNT)), log_uniform(rng, 0.75, 1.33, 1)
+    )
 
     # Sharpness: response at the result's Nyquist frequency; PAN's relative to that of the truth.
-    base = rng.uniform(0.08, 0.6)
-    relative = float(log_uniform(rng, 0.22, 1.2))
+    base = rng.uniform(0.1, 0.7)
+    relative = float(log_uniform(rng, 0.15, 1.0))
     gains = np.clip(base * log_uniform(rng, 0.85, 1.18, bands), 0.02, 0.9)
     gt = optics(spectral, gains, scale, size)
     reduced = scale > 1 and rng.random() < 0.6
     if reduced:  # PAN reduced from a finer one, as Wald's protocol does: the truth holds aliasing that PAN does not
         finer = grey[..., : round(height * scale), : round(height * scale)]
-        pan = F.interpolate(blur(finer, float(rng.uniform(0.2, 1.0)) * scale), size, mode="bicubic", antialias=True)
+        pan = F.interpolate(blur(finer, float(rng.uniform(0.4, 1.0)) * scale), size, mode="bicubic", antialias=True)
     else:
         pan = optics(grey, np.clip([base * relative], 0.01, 0.95), scale, size)
 
@@ -202,11 +295,16 @@ def acquire(images: Tensor, rng: np.random.Generator, bands: int, ratio: int) ->
             image.clamp_(max=float(torch.quantile(image.flatten()[::17], 0.995)))
 
     sharpness = "reduced" if reduced else f"{relative:.2f} as sharp"
-    return degrade(pan, gt, rng, ratio, sharpness)
+    return degrade(pan, gt, rng, ratio, sharpness, wrong)
 
 
-def degrade(pan: Tensor, gt: Tensor, rng: np.random.Generator, ratio: int, sharpness: str) -> Scene:
-    """MS of the truth [K, C, H, W] as a sensor sees it: displaced, through its MTF, noisy; PAN [K, 1, H, W] too."""
+def degrade(
+    pan: Tensor, gt: Tensor, rng: np.random.Generator, ratio: int, sharpness: str, wrong: float | None = None
+) -> Scene:
+    """MS of the truth [K, C, H, W] as a sensor sees it: displaced, through its MTF, noisy; PAN [K, 1, H, W] too.
+
+    Registration's errors are drawn, or `wrong` PAN pixels in some direction.
+    """
     noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
     bands, height, width = gt.shape[1:]
     # Displaced, on half of the scenes by smooth fields too.
@@ -223,7 +321,7 @@ def degrade(pan: Tensor, gt: Tensor, rng: np.random.Generator, ratio: int, sharp
     low_size = (height // ratio, width // ratio)
     true = torch.from_numpy(d)
     ms = observe(seen, low_size, gains=[float(g) for g in mtf], ratio=ratio, phase=phase, d=true)
-    found = true + torch.from_numpy(errors(rng, bands, ratio))
+    found = true + torch.from_numpy(errors(rng, bands, ratio, wrong))
     assumed = (
         np.full(bands, 0.3) if rng.random() < 0.35 else np.clip(mtf * log_uniform(rng, 0.9, 1.1, bands), 0.2, 0.45)
     )
@@ -263,8 +361,8 @@ PAIRS = {
 
 def pair_scene(imagery: Path, name: str, rng: np.random.Generator, bands: list[int] | None, ratio: int) -> Scene:
     """A real pair at reduced resolution: MS is the truth, moved to where PAN lies; PAN is reduced to its grid."""
-    stem, finer, displacement = PAIRS[name]
-    ms, pan = (read(imagery / f"{stem}_{kind}.tif")[None].double() for kind in ("ms", "pan"))
+    _, finer, displacement = PAIRS[name]
+    pan, ms = (image[None].double() for image in _pair_images(imagery, name))
     d = torch.tensor(displacement)
     if bands is not None:
         ms, d = ms[:, bands], d[bands]
@@ -281,14 +379,16 @@ def pair_scene(imagery: Path, name: str, rng: np.random.Generator, bands: list[i
     return degrade(windows(pan.float()), windows(gt), rng, ratio, f"{name}, PAN's gain {gain:.2f}")
 
 
-def make_scene(places: list[list[Tensor]], rng: np.random.Generator, images: int = 4, **fixed: int) -> Scene:
+def make_scene(
+    places: list[list[Tensor]], rng: np.random.Generator, images: int = 4, wrong: float | None = None, **fixed: int
+) -> Scene:
     bands, ratio = draw(rng)
     sizes = np.array([len(place) for place in places], dtype=float)
     place = places[rng.choice(len(places), p=sizes / sizes.sum())]
     chosen = rng.choice(len(place), min(images, len(place)), replace=False)
     with torch.no_grad():
         return acquire(
-            torch.stack([place[i] for i in chosen]), rng, fixed.get("bands", bands), fixed.get("ratio", ratio)
+            torch.stack([place[i] for i in chosen]), rng, fixed.get("bands", bands), fixed.get("ratio", ratio), wrong
         )
 
 
@@ -314,6 +414,9 @@ def patches(scene: Scene, rng: np.random.Generator, share: float = 1.0) -> dict[
     return {name: torch.stack(values).clamp(-1e4, 1e4).half().numpy() for name, values in rows.items()}
 
 
+_pair_images = functools.cache(pair_images)
+
+
 @functools.cache
 def _places(imagery: Path, split: str) -> list[list[Tensor]]:
     return groups(imagery, split)
@@ -326,7 +429,9 @@ def make_shard(job: tuple[Path, Path, str, int, int, float]) -> None:
     done = out / f"{split}-{number:04d}.npz"
     if done.exists():
         return
-    rng = np.random.default_rng([seed, {"train": 0, "valid": 1, "test": 2, "pair": 3}[split], number])
+    # Scenes of the same number are the same at each of the displacements that stand in the splits' names.
+    wrong = DISPLACED.get(split)
+    rng = np.random.default_rng([seed, {"train": 0, "valid": 1, "pair": 3}.get(split, 4), number])
     share = rng.random()
     if split == "pair" or (split == "train" and share < shanghai):
         chosen = [None, [1, 2, 4, 6], [4, 2, 1]][rng.choice(3, p=[0.5, 0.4, 0.1])]
@@ -334,7 +439,7 @@ def make_shard(job: tuple[Path, Path, str, int, int, float]) -> None:
     elif split == "train" and share > 0.98:
         scene = pair_scene(imagery, "landsat", rng, None, int(rng.choice([2, 3, 4], p=[0.5, 0.1, 0.4])))
     else:
-        scene = make_scene(_places(imagery, split), rng)
+        scene = make_scene(_places(imagery, "train" if split == "train" else "valid"), rng, wrong=wrong)
     part = done.with_suffix(".part")
     with open(part, "wb") as file:
         np.savez(file, **patches(scene, rng, 0.5 if split == "train" else 0.25))
@@ -383,16 +488,26 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=1200, help="training scenes")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument(
-        "--shanghai", type=float, default=0.0, help="share of training scenes from the WorldView-3 pair (CC BY-SA 4.0)"
+        "--shanghai",
+        type=float,
+        default=0.0,
+        help="share of training scenes from the WorldView-3 pair (CC BY-SA 4.0); with 1 nothing else is made",
     )
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--report", action="store_true", help="print the simulated distribution and stop")
+    parser.add_argument("--pack", type=Path, help="put the images into this file and stop")
+    parser.add_argument("--quality", type=int, default=95, help="of the packed images' JPEG")
     arguments = parser.parse_args()
+    if arguments.pack:
+        pack(arguments.imagery, arguments.pack, arguments.quality)
+        return
     if arguments.report:
         report(arguments.imagery, arguments.seed)
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
-    counts = {"valid": 40, "pair": 12, "train": arguments.scenes}
+    counts = {"valid": 40, "pair": 12, **dict.fromkeys(DISPLACED, 16), "train": arguments.scenes}
+    if arguments.shanghai == 1:
+        counts = {"train": arguments.scenes}
     jobs = [
         (arguments.imagery, arguments.out, split, i, arguments.seed, arguments.shanghai)
         for split, count in counts.items()

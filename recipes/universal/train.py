@@ -1,8 +1,10 @@
-"""Train `universal` on packed scenes: resumable, a checkpoint every few minutes, the moving average validated.
+"""Train `universal` on packed scenes: resumable, a checkpoint every so often, the moving average validated.
 
-    python recipes/universal/train.py PACKED RUN --steps N [--minutes M]
+    python recipes/universal/train.py PACKED RUN --steps N
+    python recipes/universal/train.py PACKED RUN --minutes M --device cuda --maps 512 --rate 3e-3 --every 30
 
-The learning rate follows a cosine over --steps; a run that was stopped goes on by the same command.
+The learning rate follows a cosine over --steps, or over --minutes of training in all; a run that was stopped goes on by
+the same command. Shards that appear while it runs are taken in, so that `simulate.py` may run beside it.
 RUN/last.pt holds everything; RUN/universal.safetensors the moving average of the weights.
 """
 
@@ -12,82 +14,114 @@ import argparse
 import copy
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pansharp_fast.models import load_model, save_model
 from pansharp_fast.models.universal import Inputs, Universal, UniversalConfig
 
 FIELDS = ("details", "bands", "pan", "facts", "target")
+#: Splits beside "train"; those that are missing are not validated on.
+HELD_OUT = ("valid", "pair", "still", "near", "far")
 
 
 def high(x: Tensor) -> Tensor:
     return x - F.avg_pool2d(x, 9, 1, 4, count_include_pad=False)
 
 
-def slope(details: np.ndarray, target: np.ndarray) -> float:
-    """Slope of the true detail of a patch on that of BT-H after one step of back-projection, all bands together."""
-    estimate = torch.from_numpy(details[:, 0]).float() + torch.from_numpy(details[:, -1]).float()
-    found, true = high(estimate[None]), high(torch.from_numpy(target).float()[None])
-    return float((found * true).sum() / (found * found).sum().clamp_min(1e-6))
+def slopes(rows: dict[str, Tensor]) -> Tensor:
+    """[n] slopes of patches' true detail on that of BT-H after one step of back-projection, all bands together."""
+    details, true = rows["details"], high(rows["target"].float())
+    found = high(details[:, :, 0].float() + details[:, :, -1].float())
+    return (found * true).sum((1, 2, 3)) / (found * found).sum((1, 2, 3)).clamp_min(1e-6)
 
 
 class Shards:
-    """Patches in memory, grouped by band count.
+    """Patches in memory, grouped by band count, in half precision on the device.
 
     They are drawn with a weight exp(tilt * slope), which moves the distribution of slopes without making other data.
     """
 
-    def __init__(self, folder: Path, split: str, tilt: float = 0.0) -> None:
-        self.folder, self.split, self.tilt, self.read = folder, split, tilt, set[Path]()
-        self.groups: dict[int, dict[str, list[np.ndarray]]] = {}
-        self.slopes: dict[int, list[float]] = {}
+    def __init__(self, folders: list[Path], split: str, device: torch.device, tilt: float = 0.0) -> None:
+        self.folders, self.split, self.device, self.tilt = folders, split, device, tilt
+        self.read = set[Path]()
+        self.groups: dict[int, dict[str, Tensor]] = {}  # with room at the end
+        self.counts: dict[int, int] = {}
+        self.slopes: dict[int, np.ndarray] = {}
+        self._reader = ThreadPoolExecutor(1)
+        self._coming = None
         self.load()
 
-    def load(self) -> int:
-        """Read shards that appeared since; their number."""
-        fresh = [path for path in sorted(self.folder.glob(f"{self.split}-*.npz")) if path not in self.read]
-        for path in fresh:
-            self.read.add(path)
+    def load(self, wait: bool = True) -> int:
+        """Take in shards that appeared since; their number. Without `wait` those that have been read meanwhile."""
+        taken = 0
+        while self._coming is None or wait or self._coming.done():
+            if self._coming is not None:
+                for rows in self._coming.result():
+                    self._append(rows)
+                    taken += 1
+            found = [path for folder in self.folders for path in sorted(folder.glob(f"{self.split}-*.npz"))]
+            fresh = [path for path in found if path not in self.read][:50]
+            self.read.update(fresh)
+            self._coming = self._reader.submit(self._files, fresh) if fresh else None
+            if self._coming is None:
+                break
+        return taken
+
+    @staticmethod
+    def _files(paths: list[Path]) -> list[dict[str, Tensor]]:
+        rows = []
+        for path in paths:
             with np.load(path) as data:
-                rows = {name: data[name] for name in FIELDS}
-                group = self.groups.setdefault(rows["details"].shape[1], {name: [] for name in FIELDS})
-                for name in FIELDS:
-                    group[name].extend(rows[name])
-                if self.tilt:
-                    found = [slope(*pair) for pair in zip(rows["details"], rows["target"], strict=True)]
-                    self.slopes.setdefault(rows["details"].shape[1], []).extend(found)
-        return len(fresh)
+                rows.append({name: torch.from_numpy(data[name]) for name in FIELDS})
+        return rows
+
+    def _append(self, rows: dict[str, Tensor]) -> None:
+        bands = rows["details"].shape[1]
+        rows = {name: value.to(self.device) for name, value in rows.items()}
+        count, new = self.counts.get(bands, 0), len(rows["target"])
+        group = self.groups.setdefault(bands, {name: value[:0] for name, value in rows.items()})
+        for name, value in rows.items():
+            if len(group[name]) < count + new:
+                longer = value.new_empty(max(2 * count, count + new), *value.shape[1:])
+                longer[:count] = group[name][:count]
+                group[name] = longer
+            group[name][count : count + new] = value
+        self.counts[bands] = count + new
+        found = slopes(rows).cpu().numpy() if self.tilt else np.ones(new)
+        self.slopes[bands] = np.concatenate([self.slopes.get(bands, np.empty(0)), found])
 
     def weights(self, bands: int) -> np.ndarray:
-        count = len(self.groups[bands]["target"])
-        return np.exp(self.tilt * (np.clip(self.slopes[bands], 0.6, 1.5) - 1)) if self.tilt else np.ones(count)
+        return np.exp(self.tilt * (np.clip(self.slopes[bands], 0.6, 1.5) - 1))
 
     def batch(self, rng: np.random.Generator, maps: int) -> tuple[Inputs, Tensor]:
         """About `maps` bands in all, of images of one band count, turned and mirrored."""
         weights = {bands: self.weights(bands) for bands in self.groups}
         totals = np.array([weight.sum() for weight in weights.values()])
         bands = list(weights)[rng.choice(len(totals), p=totals / totals.sum())]
-        group, weight = self.groups[bands], weights[bands]
         size = max(2, round(maps / max(bands, 2)))
-        chosen = rng.choice(len(weight), size, p=weight / weight.sum())
-        return unpack({name: np.stack([group[name][i] for i in chosen]) for name in FIELDS}, *rng.integers(0, 2, 3))
+        ends = np.cumsum(weights[bands])
+        chosen = np.searchsorted(ends, rng.random(size) * ends[-1]).clip(max=len(ends) - 1)
+        index = torch.from_numpy(chosen).to(self.device)
+        return unpack({name: values[index] for name, values in self.groups[bands].items()}, *rng.integers(0, 2, 3))
 
     def all(self, size: int = 16):
-        for group in self.groups.values():
-            for start in range(0, len(group["target"]), size):
-                yield unpack({name: np.stack(group[name][start : start + size]) for name in FIELDS})
+        for bands, group in self.groups.items():
+            for start in range(0, self.counts[bands], size):
+                stop = min(start + size, self.counts[bands])
+                yield unpack({name: values[start:stop] for name, values in group.items()})
 
 
-def unpack(rows: dict[str, np.ndarray], flip_y: int = 0, flip_x: int = 0, transpose: int = 0) -> tuple[Inputs, Tensor]:
+def unpack(rows: dict[str, Tensor], flip_y: int = 0, flip_x: int = 0, transpose: int = 0) -> tuple[Inputs, Tensor]:
     flips = [axis for axis, flip in ((-2, flip_y), (-1, flip_x)) if flip]
 
     def turned(name: str) -> Tensor:
-        x = torch.from_numpy(rows[name]).float()
+        x = rows[name].float()
         if name == "facts":
             return x
         x = x.flip(flips) if flips else x
@@ -98,7 +132,7 @@ def unpack(rows: dict[str, np.ndarray], flip_y: int = 0, flip_x: int = 0, transp
     return Inputs(details, bands, pan, facts, zero, zero), target
 
 
-def loss_of(out: Tensor, target: Tensor, epsilon: float = 0.2) -> Tensor:
+def loss_of(out: Tensor, target: Tensor, epsilon: float) -> Tensor:
     """Charbonnier in units of the scene's detail, of values and, for sharpness, of differences between neighbours."""
 
     def charbonnier(x: Tensor) -> Tensor:
@@ -108,6 +142,19 @@ def loss_of(out: Tensor, target: Tensor, epsilon: float = 0.2) -> Tensor:
     error = (out - target).clamp(-50, 50)
     steps = charbonnier(error.diff(dim=-1)) + charbonnier(error.diff(dim=-2))
     return charbonnier(error) + 0.25 * steps
+
+
+class PanMode(nn.Module):
+    """PAN-Crafter's other mode, in training only: PAN's detail from the trunk that sees MS alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(width, 16, 1)
+
+    def forward(self, model: Universal, inputs: Inputs, epsilon: float) -> Tensor:
+        out = F.pixel_shuffle(self.head(model.pan_features(inputs)), 4)
+        pan = inputs.pan[:, :1]
+        return loss_of(out.float(), pan - F.avg_pool2d(pan, 9, 1, 4, count_include_pad=False), epsilon)
 
 
 @torch.no_grad()
@@ -135,35 +182,53 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packed", type=Path)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
+    parser.add_argument("--also", type=Path, nargs="*", default=[], help="folders of more training scenes")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--steps", type=int)
+    length.add_argument("--minutes", type=float, help="of training in all, over several runs of this command")
     parser.add_argument("--stop", type=int, default=1 << 62, help="stop after this step")
+    parser.add_argument("--every", type=float, default=180, help="seconds from one checkpoint to the next")
+    parser.add_argument("--wait", type=int, default=1, help="training scenes to wait for at the start")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--maps", type=int, default=32, help="bands of a batch, all images together")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.998, help="of the moving average")
-    parser.add_argument("--tilt", type=float, default=2.5, help="preference for patches whose truth holds more detail")
+    parser.add_argument("--epsilon", type=float, default=0.4, help="of the loss: errors far above it count linearly")
+    parser.add_argument("--tilt", type=float, default=1.0, help="preference for patches whose truth holds more detail")
     parser.add_argument("--init", type=Path, help="weights to start from, such as recipes/universal/start.safetensors")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--band-depth", type=int, default=0)
     parser.add_argument("--no-attention", action="store_true")
+    parser.add_argument("--pan-mode", type=float, default=0.0, help="weight of the loss of PAN-Crafter's PAN mode")
     arguments = parser.parse_args()
+    device: torch.device = arguments.device
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
     arguments.run.mkdir(parents=True, exist_ok=True)
     last = arguments.run / "last.pt"
 
-    model = Universal(UniversalConfig(attention=not arguments.no_attention))
+    model = Universal(UniversalConfig(attention=not arguments.no_attention, band_depth=arguments.band_depth))
     if arguments.init:
         model.load_state_dict(load_model(arguments.init).state_dict())
+    model = model.to(device)
     average = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.rate, weight_decay=1e-4, betas=(0.9, 0.98))
-    step, started = 0, time.monotonic()
+    pan_mode = PanMode(model.config.trunk_width).to(device) if arguments.pan_mode else None
+    parameters = [*model.parameters(), *(pan_mode.parameters() if pan_mode is not None else [])]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=arguments.rate, weight_decay=1e-4, betas=(0.9, 0.98), fused=device.type == "cuda"
+    )
+    step, trained = 0, 0.0
     if last.exists():
-        state = torch.load(last, weights_only=True)
+        state = torch.load(last, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        if pan_mode is not None:
+            pan_mode.load_state_dict(state["pan_mode"])
+        step, trained = state["step"], state["seconds"]
         print(f"goes on from step {step}", flush=True)
 
     def save() -> None:
@@ -171,13 +236,19 @@ def main() -> None:
             "model": model.state_dict(),
             "average": average.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "pan_mode": pan_mode.state_dict() if pan_mode is not None else None,
             "step": step,
+            "seconds": trained,
         }
         torch.save(state, last.with_suffix(".part"))
         last.with_suffix(".part").rename(last)
-        save_model(arguments.run / "universal.safetensors", average.eval(), {"step": step, "steps": arguments.steps})
+        facts = {"step": step, "steps": arguments.steps, "seconds": round(trained)}
+        save_model(arguments.run / "universal.safetensors", average.eval(), facts)
 
-    train = Shards(arguments.packed, "train", arguments.tilt)
+    train = Shards([arguments.packed, *arguments.also], "train", device, arguments.tilt)
+    while len(train.read) < arguments.wait:
+        time.sleep(1)
+        train.load()
     if arguments.tilt:
         found, weights = (
             np.concatenate(x) for x in zip(*((train.slopes[b], train.weights(b)) for b in train.groups), strict=True)
@@ -185,40 +256,54 @@ def main() -> None:
         order = np.argsort(found)
         place = np.searchsorted(np.cumsum(weights[order]) / weights.sum(), [0.1, 0.5, 0.9])
         print("slopes as drawn, 10, 50, 90 %:", " ".join(f"{found[order][i]:.2f}" for i in place), flush=True)
-    held_out = {"simulated": Shards(arguments.packed, "valid"), "pair": Shards(arguments.packed, "pair")}
-    total, seen, turn, saved = 0.0, 0, 0, time.monotonic()
-    end = min(arguments.steps, arguments.stop)
-    while step < end and time.monotonic() - started < 60 * arguments.minutes:
+    held_out = {split: Shards([arguments.packed], split, device) for split in HELD_OUT}
+    total, seen, turn, started, saved, spoken = torch.zeros((), device=device), 0, 0, trained, trained, step
+    clock = time.monotonic()
+
+    def progress() -> float:
+        return step / arguments.steps if arguments.steps else trained / (60 * arguments.minutes)
+
+    while progress() < 1 and step < arguments.stop:
         rng = np.random.default_rng([arguments.seed, step])
-        rate = arguments.rate * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / arguments.steps)) + 0.01)
+        rate = arguments.rate * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * progress())) + 0.01)
         for group in optimizer.param_groups:
             group["lr"] = rate
         inputs, target = train.batch(rng, arguments.maps)
-        loss = loss_of(model(inputs), target)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = loss_of(model(inputs).float(), target, arguments.epsilon)
+            if pan_mode is not None:
+                loss = loss + arguments.pan_mode * pan_mode(model, inputs, arguments.epsilon)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
         keep = min(arguments.decay, (1 + step) / (10 + step))
         with torch.no_grad():
-            for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(value, 1 - keep)
-        total, seen = total + float(loss.detach()), seen + 1
-        if step % 50 == 0:
-            print(f"step {step}  loss {total / seen:.4f}  rate {rate:.5f}", flush=True)
-            total, seen = 0.0, 0
-        if time.monotonic() - saved > 180 or step == end:
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
+        total, seen = total + loss.detach(), seen + 1
+        if seen % 50 == 0:
+            mean = float(total) / 50  # waits for the device, so that `trained` counts what it did
+            total.zero_()
+            if step - spoken >= (500 if device.type == "cuda" else 50):
+                print(f"step {step}  {trained:.0f} s  loss {mean:.4f}  rate {rate:.5f}", flush=True)
+                spoken = step
+            if device.type == "cuda":
+                train.load(wait=False)
+        now = time.monotonic()
+        trained, clock = trained + now - clock, now
+        done = progress() >= 1 or step >= arguments.stop
+        if trained - saved > arguments.every or done:
             save()
-            saved, turn, new = time.monotonic(), turn + 1, train.load()
-            if turn % 3 and step < end:
+            saved, turn, new = trained, turn + 1, train.load(wait=device.type != "cuda")
+            if turn % 3 and not done:
                 continue
             print(f"step {step}  minutes {(saved - started) / 60:.1f}  new shards {new}", flush=True)
             for split, shards in held_out.items():
-                scores = "  ".join(f"{name} {value:.4f}" for name, value in validate(average, shards).items())
-                print(f"    {split}: {scores}", flush=True)
-    if step < end:
-        save()
+                if shards.groups:
+                    scores = "  ".join(f"{name} {value:.4f}" for name, value in validate(average, shards).items())
+                    print(f"    {split}: {scores}", flush=True)
+            clock = time.monotonic()  # validation is not training
 
 
 if __name__ == "__main__":
