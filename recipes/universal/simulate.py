@@ -42,7 +42,7 @@ PATCH = 64
 #: Splits for validation at displacements left by registration, PAN pixels.
 DISPLACED = {"still": 0.0, "near": 0.3, "far": 1.0}
 #: Registration's errors in PAN pixels at ratio 4, of all bands together and of each: (share, standard deviation along
-#: each axis). `register` on 45 of these scenes, 84 to 256 pixels wide, was wrong by .05, .14, .30, .51 at 25, 50, 75 and
+#: each axis). `register` on 45 of these scenes, 84 to 256 pixels wide, was wrong by .05, .14, .30, .51 at 25, 50, 75,
 #: 90 % (along an axis), most of it common to the bands; scenes as large as files are get less.
 COMMON_ERRORS = ((0.5, 0.05), (0.35, 0.15), (0.15, 0.35))
 ERRORS = ((0.6, 0.05), (0.3, 0.13), (0.1, 0.35))
