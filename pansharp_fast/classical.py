@@ -328,7 +328,7 @@ def fuse(
     up = upsample(ms, high, **grid, d=d, gdal=name == "brovey")
     low = low_pan(pan, gains, small, **grid) if name in NEED_LOW else None
     piece = Piece(pan, up, low)
-    registered = resample(ms, small, None if d is None else d / torch.tensor(ratios), 1)
+    registered = resample(ms, small, None if d is None else d / d.new_tensor(ratios), 1)
     found = statistics(piece, registered, low_pan(pan, [sensor.mtf_pan], small, **grid, back=False), ms)
     out = apply(name, piece, found, band_weights)
     return back_project(out, ms, gains=gains, **grid, d=d, steps=back_projection)

@@ -108,6 +108,10 @@ class Units:
             blurred=blurred,
         )
 
+    def to(self, device: torch.device) -> Units:
+        """On that device."""
+        return Units(**{field.name: getattr(self, field.name).to(device) for field in dataclasses.fields(self)})
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -161,7 +165,7 @@ def scene_statistics(
     ratios, large, small = both_ratios(ratio), (pan.shape[2], pan.shape[3]), (ms.shape[2], ms.shape[3])
     grid: dict[str, Any] = {"ratio": ratios, "phase": default_phase(phase, ratios)}
     piece = classical.Piece(pan, upsample(ms, large, **grid, d=d), classical.low_pan(pan, gains, small, **grid))
-    registered = resample(ms, small, None if d is None else d / torch.tensor(ratios), 1)
+    registered = resample(ms, small, None if d is None else d / d.new_tensor(ratios), 1)
     return classical.statistics(piece, registered, classical.low_pan(pan, [PAN_GAIN], small, **grid, back=False), ms)
 
 
@@ -196,7 +200,7 @@ def network_inputs(
         statistics: of the whole scenes with PAN as each band sees it; one for all images or one an image.
         gains, ratio, phase, d: as `scene_statistics`.
     """
-    s, large, small = Units.of(statistics), (pan.shape[2], pan.shape[3]), (ms.shape[2], ms.shape[3])
+    s, large, small = Units.of(statistics).to(pan.device), (pan.shape[2], pan.shape[3]), (ms.shape[2], ms.shape[3])
     bands = ms.shape[1]
     grid: dict[str, Any] = {"ratio": ratio, "phase": phase, "d": d}
 
