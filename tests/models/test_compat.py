@@ -21,6 +21,7 @@ from pansharp_fast.models import (
 )
 from pansharp_fast.models.condition import highpass
 from pansharp_fast.nn import CM3A, Conv3x3, FrequencyAttention
+from tests.support.backends import DEVICES
 
 
 class ExpandedAttention(nn.Module):
@@ -78,10 +79,12 @@ def conditions(size=6):
     return (torch.randn(2, 3, size, size), torch.randn(2, 1, size, size), torch.randn(2, 1, size, size), torch.rand(2))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("keys", ["released", "aligned"])
-def test_accelerate_keeps_outputs_and_parameters(keys):
-    model = Host(released=keys == "released")
-    x, *rest = torch.randn(2, 16, 6, 6), *conditions()
+def test_accelerate_keeps_outputs_and_parameters(keys, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model = Host(released=keys == "released").to(device)
+    x, *rest = (each.to(device) for each in (torch.randn(2, 16, 6, 6), *conditions()))
     before = model(x, *rest)
     before.sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

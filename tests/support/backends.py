@@ -42,3 +42,13 @@ def parameters(operator: Operator, *dtypes: torch.dtype, interpreted: bool = Fal
         for name, support in operator.support.items()
         if set(dtypes) <= set(support.dtypes) and (name != "triton" or interpreted or not interpreting())
     ]
+
+
+#: Parameters of a test that runs here on the CPU and on a GPU where there is one.
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]

@@ -19,6 +19,7 @@ from pansharp_fast.models import load_model
 from pansharp_fast.training import load_config, recipe_class, train
 from pansharp_fast.training.checkpoint import load_state, save_state
 from pansharp_fast.training.loop import Trainer, quality
+from tests.support.backends import DEVICES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,6 +63,17 @@ def whole(files, tmp_path_factory):
     torch.set_num_threads(1)
     measures = train("pancrafter", progress=False, out=out, **settings)
     return settings, out, measures
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_in_bfloat16_is_near_one_in_float32(whole, device, tmp_path):
+    settings, out, measures = whole
+    run = tmp_path / "run"
+    mixed = train("pancrafter", progress=False, out=run, **settings | {"device": device, "precision": "bfloat16"})
+    losses, expected = ([float(row["loss"]) for row in rows(folder / "log.csv")] for folder in (run, out))
+    assert losses != expected
+    assert losses == pytest.approx(expected, rel=0.05)
+    assert mixed["psnr"] == pytest.approx(measures["psnr"], abs=0.5)
 
 
 def test_files_of_a_run(whole):
