@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,21 +22,26 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def side_by_side(runs: Sequence[Callable[[], Any]], device: torch.device, budget: float = 1.5) -> list[float]:
+class Time(NamedTuple):
+    """Of one call: seconds that it takes, and on a GPU those of them that the host needs to ask for the work."""
+
+    seconds: float
+    host: float | None = None
+
+
+def side_by_side(runs: Sequence[Callable[[], Any]], device: torch.device, budget: float = 1.5) -> list[Time]:
     """Median times of calls after two of warm-up.
 
     On a CPU in rounds, so that a slow spell meets all of them: three, or as many as the budget of seconds holds for the
     slowest. Each has its turn with several calls, the first one unmeasured, because memory that others used last is not
-    as a program finds it that goes on with its work; calls of more than 0.2 s have one each. On a GPU by events around
-    each call, the cache emptied before it.
+    as a program finds it that goes on with its work; calls of more than 0.2 s have one each. On a GPU one after the
+    other, see `_on_gpu`.
     """
     for run in runs:
         for _ in range(2):
             run()
     if device.type == "cuda":
-        from triton.testing import do_bench
-
-        return [do_bench(run, warmup=100, rep=500, return_mode="median") / 1e3 for run in runs]
+        return [_on_gpu(run, device, budget / 3) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     rounds = 0
     while rounds < 3 or (max(map(sum, times)) < budget and rounds < 50):
@@ -49,12 +54,45 @@ def side_by_side(runs: Sequence[Callable[[], Any]], device: torch.device, budget
                 start = time.perf_counter()
                 run()
                 own.append(time.perf_counter() - start)
-    return [statistics.median(own) for own in times]
+    return [Time(statistics.median(own)) for own in times]
+
+
+def _on_gpu(run: Callable[[], Any], device: torch.device, budget: float) -> Time:
+    """The GPU's own time: events around a call that is queued while the GPU still waits, its second-level cache emptied.
+
+    A call that waits for the GPU, or launches more than the queue holds (some thousand kernels), has its host's time in
+    it. At least 5 calls, or as many as the budget of seconds holds, up to 200.
+    """
+    waste = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+
+    def between(work: Callable[[], Any], wait: int) -> tuple[float, float]:
+        """Seconds of the GPU and of the host for `work`, queued behind so many cycles."""
+        synchronize(device)
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(wait)
+        waste.zero_()
+        start.record()
+        began = time.perf_counter()
+        work()
+        host = time.perf_counter() - began
+        stop.record()
+        synchronize(device)
+        return start.elapsed_time(stop) / 1e3, host
+
+    with torch.cuda.device(device):
+        rate = 1_000_000 / between(lambda: torch.cuda._sleep(1_000_000), 1)[0]  # cycles a second
+        host = between(run, 1)[1]
+        found: list[tuple[float, float]] = []
+        while len(found) < 5 or (len(found) < 200 and sum(map(sum, found)) < budget):
+            found.append(between(run, int(rate * (2 * host + 1e-4))))
+            host = max(own for _, own in found)
+    gpu, own = (statistics.median(values) for values in zip(*found, strict=True))
+    return Time(gpu, own)
 
 
 def seconds(run: Callable[[], Any], device: torch.device, budget: float = 1.5) -> float:
     """Median time of a call, see `side_by_side`."""
-    return side_by_side([run], device, budget)[0]
+    return side_by_side([run], device, budget)[0].seconds
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:

@@ -48,19 +48,25 @@ def run_case(case: Case, device: torch.device, rates: dict[str, float]) -> dict[
     expected = [each.detach().clone() for each in case.columns[first]()]
     columns: dict[str, Any] = {}
     for name, run in case.columns.items():
-        error = None if name in case.ungated else 0.0 if name == first else deviation(run(), expected)
+        try:
+            error = None if name in case.ungated else 0.0 if name == first else deviation(run(), expected)
+        except RuntimeError as problem:  # of memory, or of a kernel: the other columns have their times all the same
+            columns[name] = {"error": None, "failed": f"{type(problem).__name__}: {str(problem).splitlines()[0]}"}
+            continue
         if error is not None and not error <= case.tolerance:
             columns[name] = {"error": error, "failed": f"deviates by {error:.1e}, allowed {case.tolerance:.1e}"}
             continue
         columns[name] = {"error": error, "peak_bytes": measure.peak_bytes(run, device)}
     timed = [name for name, column in columns.items() if "failed" not in column]
     times = measure.side_by_side([case.columns[name] for name in timed], device)
-    for name, seconds in zip(timed, times, strict=True):
+    for name, measured in zip(timed, times, strict=True):
         columns[name] |= {
-            "seconds": seconds,
-            "share_of_copy_rate": case.traffic / rates["copy"] / seconds,
-            "share_of_matrix_rate": case.flops / rates[str(case.dtype)] / seconds,
+            "seconds": measured.seconds,
+            "share_of_copy_rate": case.traffic / rates["copy"] / measured.seconds,
+            "share_of_matrix_rate": case.flops / rates[str(case.dtype)] / measured.seconds,
         }
+        if measured.host is not None:
+            columns[name]["host_seconds"] = measured.host
         if name in case.ungated:
             columns[name]["note"] = case.ungated[name]
     return {
@@ -85,20 +91,28 @@ def markdown(operator: str, report: dict[str, Any]) -> str:
         "that a plain copy and a plain matrix product reached in the same run (bytes and operations are counted, not "
         "measured). Every column agreed with the first one before it was timed.",
         "",
-        "| case | column | ms | factor | MB | copy | matrix |",
-        "|---|---|---|---|---|---|---|",
     ]
+    gpu = any("host_seconds" in value for case in report["cases"].values() for value in case["columns"].values())
+    if gpu:
+        lines += ["ms are the GPU's own; host is what a call takes the CPU to ask for the work, in ms beside them.", ""]
+    lines += [
+        f"| case | column | ms | factor | MB | copy | matrix |{' host |' * gpu}",
+        f"|---|---|---|---|---|---|---|{'---|' * gpu}",
+    ]
+    digits = 4 if gpu else 2
     notes: dict[str, None] = {}
     for name, case in report["cases"].items():
         baseline = next(iter(case["columns"].values()))["seconds"]
         for column, value in case["columns"].items():
             if "failed" in value:
-                lines.append(f"| {name} | {column} | {value['failed']} | | | | |")
+                lines.append(f"| {name} | {column} | {value['failed']} | | | | |{' |' * gpu}")
                 continue
             peak = "" if value["peak_bytes"] is None else f"{value['peak_bytes'] / 1e6:.0f}"
             lines.append(
-                f"| {name} | {column} | {value['seconds'] * 1e3:.2f} | {baseline / value['seconds']:.1f} | {peak} "
+                f"| {name} | {column} | {value['seconds'] * 1e3:.{digits}f} | "
+                f"{baseline / value['seconds']:.1f} | {peak} "
                 f"| {value['share_of_copy_rate']:.0%} | {value['share_of_matrix_rate']:.0%} |"
+                + (f" {value['host_seconds'] * 1e3:.4f} |" if gpu else "")
             )
             if "note" in value:
                 notes[f"{column}: {value['note']}"] = None
@@ -169,7 +183,7 @@ def main() -> None:
                 rates[str(case.dtype)] = measure.matrix_rate(device, case.dtype)
             report["cases"][case.name] = run_case(case, device, rates)
             for column, value in report["cases"][case.name]["columns"].items():
-                shown = value.get("failed") or f"{value['seconds'] * 1e3:.2f} ms"
+                shown = value.get("failed") or f"{value['seconds'] * 1e3:.4f} ms"
                 print(f"{operator}: {case.name}: {column}: {shown}", flush=True)
             path.write_text(json.dumps(report, indent=1) + "\n")  # after each case: a long run may be cut off
             path.with_suffix(".md").write_text(markdown(operator, report))
