@@ -58,7 +58,7 @@ def side_by_side(runs: Sequence[Callable[[], Any]], device: torch.device, budget
 
 
 def _on_gpu(run: Callable[[], Any], device: torch.device, budget: float) -> Time:
-    """The GPU's own time: events around a call that is queued while the GPU still waits, its second-level cache emptied.
+    """The GPU's own time: events around a call that is queued while the GPU still waits, its L2 cache emptied.
 
     A call that waits for the GPU, or launches more than the queue holds (some thousand kernels), has its host's time in
     it. At least 5 calls, or as many as the budget of seconds holds, up to 200.
