@@ -116,6 +116,12 @@ def _triton_reason(interpret: bool) -> str | None:
     return None
 
 
+@functools.cache
+def _cuda_reason() -> str | None:
+    """Asked once: every call wants to know, and torch asks the driver."""
+    return None if torch.cuda.is_available() else "no CUDA device is visible"
+
+
 def traced_as_constant(function: Any) -> Any:
     """Decorator: torch.compile calls `function` while tracing and keeps the result.
 
@@ -141,7 +147,7 @@ def unavailable(backend: str) -> str | None:
     if backend == "triton":
         return _triton_reason(interpreting())
     if backend == "cuda":
-        return load_error("_C_cuda") or (None if torch.cuda.is_available() else "no CUDA device is visible")
+        return load_error("_C_cuda") or _cuda_reason()
     raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
 
