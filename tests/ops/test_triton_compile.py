@@ -70,6 +70,7 @@ def main(capability: int) -> None:
     launch_cm3a()
     launch_wavelet()
     launch_frequency_attention()
+    launch_norm()
     functions = [each for module in modules for each in vars(module).values() if isinstance(each, JITFunction)]
     missed = [each.__name__ for each in functions if each.hash is None]
     if missed:
@@ -129,6 +130,24 @@ def launch_frequency_attention() -> None:
         tensors = maps(3, 1, heads * dim, side, side, dtype=dtype, channels_last=channels_last)
         out = frequency_attention(*tensors, num_heads=heads, backend="triton")
         torch.autograd.grad(out.sum(), tensors)
+
+
+def launch_norm() -> None:
+    from pansharp_fast.ops import OPERATORS, gated_sum, group_norm, layer_norm
+
+    declaration = OPERATORS["norm"]
+    assert declaration.samples is not None
+    for sample in declaration.samples(torch.device("cpu"), torch.float32):
+        sample.run(*sample.tensors, backend="triton")
+    # As the networks call them: factors in a larger tensor, vectors in float32 under autocast.
+    for dtype, channels, groups in ((torch.bfloat16, 128, 32), (torch.float16, 256, 32), (torch.bfloat16, 512, 1)):
+        x = torch.zeros(1, channels, 64, 64, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        scale, shift = torch.zeros(1, 2 * channels, dtype=dtype).chunk(2, 1)
+        for vector in (torch.zeros(channels), torch.zeros(channels, dtype=dtype)):
+            options = {"offset": vector, "scale": scale, "shift": shift, "silu": True, "backend": "triton"}
+            group_norm(x, groups, vector, vector, **options)
+            layer_norm(x, vector, vector, **options)
+            gated_sum(x, x, x, bias_a=vector, bias_b=vector, gate_a=scale, gate_b=shift, backend="triton")
 
 
 if __name__ == "__main__":

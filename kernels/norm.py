@@ -1,0 +1,327 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Triton kernels of norms and sums in residual blocks; the equations stand in pansharp_fast/reference/norm.py.
+
+Maps are read as [B, pixels, C] with channels side by side; other layouts are copied. A group norm is three kernels:
+moments of each channel over shares of the pixels, three factors of each channel, one pass that applies them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Elements of a tile: 32 a thread of four warps, four loads of 16 bytes in 16 bits.
+_TILE = 4096
+#: Programs that read an image for its moments, over all images of a batch.
+_SHARES = 512
+
+
+@triton.jit
+def _moments_kernel(
+    x, moments, channels, pixels, share, shares, image_stride, pixel_stride, BP: tl.constexpr, BC: tl.constexpr
+):
+    """Mean and sum of squared deviations of each channel over one share of the pixels."""
+    image = (tl.program_id(0) // shares).to(tl.int64)
+    number = tl.program_id(0) % shares
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = c < channels
+    first = number * share
+    last = tl.minimum(first + share, pixels)
+    at = x + image * image_stride + c
+    # Sums are those of deviations from the first pixel: squares of large means would cancel.
+    origin = tl.load(at + first.to(tl.int64) * pixel_stride, mask=inside, other=0.0).to(tl.float32)
+    sums = tl.zeros((BP, BC), tl.float32)
+    squares = tl.zeros((BP, BC), tl.float32)
+    start = first
+    while start < last:
+        p = start + tl.arange(0, BP)
+        mask = (p < last)[:, None] & inside[None, :]
+        value = tl.load(at[None, :] + (p.to(tl.int64) * pixel_stride)[:, None], mask=mask, other=0.0).to(tl.float32)
+        value = tl.where(mask, value - origin[None, :], 0.0)
+        sums += value
+        squares += value * value
+        start += BP
+    total = tl.sum(sums, 0)
+    mean = total / (last - first)
+    to = moments + tl.program_id(0).to(tl.int64) * 2 * channels + c
+    tl.store(to, origin + mean, mask=inside)
+    tl.store(to + channels, tl.sum(squares, 0) - mean * total, mask=inside)
+
+
+@triton.jit
+def _factors_kernel(
+    moments, weight, bias, offset, scale, shift, factors, channels, pixels, share, shares, size, eps, offset_stride,
+    scale_stride, shift_stride,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, OFFSET: tl.constexpr, MODULATED: tl.constexpr, BS: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """Centre, slope and level of each channel of one group, out of the moments of all shares."""
+    image = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1) * size
+    moments += image * shares * 2 * channels
+    offset += image * offset_stride
+    count = pixels * (size * 1.0)
+    mean = 0.0
+    spread = 0.0
+    for turn in tl.static_range(2):  # the mean first, then deviations from it
+        sums = tl.zeros((BS, BC), tl.float32)
+        s0 = 0
+        while s0 < shares:
+            s = s0 + tl.arange(0, BS)
+            n = tl.minimum(share, pixels - s * share).to(tl.float32)[:, None]
+            c0 = 0
+            while c0 < size:
+                c = c0 + tl.arange(0, BC)
+                mask = (s < shares)[:, None] & (c < size)[None, :]
+                at = moments + s.to(tl.int64)[:, None] * (2 * channels) + (begin + c)[None, :]
+                value = tl.load(at, mask=mask, other=0.0)
+                if OFFSET:
+                    value += tl.load(offset + begin + c, mask=c < size, other=0.0).to(tl.float32)[None, :]
+                if turn == 0:
+                    sums += tl.where(mask, n * value, 0.0)
+                else:
+                    far = value - mean
+                    sums += tl.where(mask, tl.load(at + channels, mask=mask, other=0.0) + n * far * far, 0.0)
+                c0 += BC
+            s0 += BS
+        if turn == 0:
+            mean = tl.sum(sums) / count
+        else:
+            spread = tl.sum(sums) / count
+    slope = 1.0 / tl.sqrt(spread + eps)
+    c0 = 0
+    while c0 < size:
+        c = begin + c0 + tl.arange(0, BC)
+        mask = c0 + tl.arange(0, BC) < size
+        factor = tl.zeros((BC,), tl.float32) + slope
+        if WEIGHT:
+            factor *= tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+        centre = tl.zeros((BC,), tl.float32) + mean
+        level = tl.zeros((BC,), tl.float32)
+        if OFFSET:
+            centre -= tl.load(offset + c, mask=mask, other=0.0).to(tl.float32)
+        if BIAS:
+            level += tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+        if MODULATED:
+            more = 1.0 + tl.load(scale + image * scale_stride + c, mask=mask, other=0.0).to(tl.float32)
+            factor *= more
+            level = level * more + tl.load(shift + image * shift_stride + c, mask=mask, other=0.0).to(tl.float32)
+        to = factors + image * 3 * channels + c
+        tl.store(to, centre, mask=mask)
+        tl.store(to + channels, factor, mask=mask)
+        tl.store(to + 2 * channels, level, mask=mask)
+        c0 += BC
+
+
+@triton.jit
+def _apply_kernel(
+    x, y, factors, channels, pixels, tiles, image_stride, pixel_stride, SILU: tl.constexpr, BP: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    p = (tl.program_id(0) % tiles * BP + tl.arange(0, BP)).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = c < channels
+    mask = (p < pixels)[:, None] & inside[None, :]
+    factors += image * 3 * channels + c
+    centre = tl.load(factors, mask=inside, other=0.0)
+    slope = tl.load(factors + channels, mask=inside, other=0.0)
+    level = tl.load(factors + 2 * channels, mask=inside, other=0.0)
+    at = x + image * image_stride + (p * pixel_stride)[:, None] + c[None, :]
+    value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    value = (value - centre[None, :]) * slope[None, :] + level[None, :]
+    if SILU:
+        value = value / (1.0 + tl.exp(-value))
+    tl.store(y + (image * pixels + p)[:, None] * channels + c[None, :], value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _layer_kernel(
+    x, y, weight, bias, offset, scale, shift, channels, pixels, tiles, eps, image_stride, pixel_stride, offset_stride,
+    scale_stride, shift_stride,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, OFFSET: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    p = (tl.program_id(0) % tiles * BP + tl.arange(0, BP)).to(tl.int64)
+    c = tl.arange(0, BC)
+    inside = c < channels
+    mask = (p < pixels)[:, None] & inside[None, :]
+    at = x + image * image_stride + (p * pixel_stride)[:, None] + c[None, :]
+    value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    if OFFSET:
+        value += tl.load(offset + image * offset_stride + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    mean = tl.sum(value, 1) / channels
+    value = tl.where(mask, value - mean[:, None], 0.0)
+    slope = 1.0 / tl.sqrt(tl.sum(value * value, 1) / channels + eps)
+    value *= slope[:, None]
+    if WEIGHT:
+        value *= tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        value += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if MODULATED:
+        value *= 1.0 + tl.load(scale + image * scale_stride + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+        value += tl.load(shift + image * shift_stride + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if SILU:
+        value = value / (1.0 + tl.exp(-value))
+    tl.store(y + (image * pixels + p)[:, None] * channels + c[None, :], value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _term(at, bias, gate, c, inside, mask, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr):
+    value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if HAS_GATE:
+        value *= tl.load(gate + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return value
+
+
+@triton.jit
+def _sum_kernel(
+    x, a, b, y, bias_a, bias_b, gate_a, gate_b, channels, pixels, tiles, x_image, x_pixel, a_image, a_pixel, b_image,
+    b_pixel, gate_a_stride, gate_b_stride,
+    SECOND: tl.constexpr, BIAS_A: tl.constexpr, BIAS_B: tl.constexpr, GATE_A: tl.constexpr, GATE_B: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    p = (tl.program_id(0) % tiles * BP + tl.arange(0, BP)).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = c < channels
+    mask = (p < pixels)[:, None] & inside[None, :]
+    at = x + image * x_image + (p * x_pixel)[:, None] + c[None, :]
+    value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    at = a + image * a_image + (p * a_pixel)[:, None] + c[None, :]
+    value += _term(at, bias_a, gate_a + image * gate_a_stride, c, inside, mask, BIAS_A, GATE_A)
+    if SECOND:
+        at = b + image * b_image + (p * b_pixel)[:, None] + c[None, :]
+        value += _term(at, bias_b, gate_b + image * gate_b_stride, c, inside, mask, BIAS_B, GATE_B)
+    tl.store(y + (image * pixels + p)[:, None] * channels + c[None, :], value.to(y.dtype.element_ty), mask=mask)
+
+
+def _flat(x: Tensor) -> tuple[Tensor, int, int]:
+    """x with channels side by side and pixels evenly spaced, and the strides of images and pixels."""
+    _, channels, height, width = x.shape
+    if (channels > 1 and x.stride(1) != 1) or (height > 1 and width > 1 and x.stride(2) != width * x.stride(3)):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x, x.stride(0), x.stride(3) if width > 1 else x.stride(2)
+
+
+def _like(x: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    return x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _block(channels: int) -> int:
+    """Channels of a tile: a divisor of all where there is one, so that no lanes are idle."""
+    return next((size for size in (128, 64, 32) if channels % size == 0), min(128, triton.next_power_of_2(channels)))
+
+
+def _device(x: Tensor) -> Any:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _rows(x: Tensor, *vectors: Tensor | None) -> tuple[list[Tensor], list[int]]:
+    """Each [C] or [B, C] without gaps between channels, and its stride from image to image; x where there is none."""
+    found, strides = [], []
+    for vector in vectors:
+        if vector is not None and vector.stride(-1) != 1 and vector.shape[-1] > 1:
+            vector = vector.contiguous()
+        found.append(x if vector is None else vector)
+        strides.append(0 if vector is None or vector.dim() == 1 else vector.stride(0))
+    return found, strides
+
+
+def norm_fwd(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    offset: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> Tensor:
+    """Schema of `pansharp_fast::norm_fwd`."""
+    batch, channels, height, width = x.shape
+    pixels = height * width
+    y = _like(x)
+    if not x.numel():
+        return y
+    x, *strides = _flat(x)
+    vectors, rows = _rows(x, weight, bias, offset, scale, shift)
+    flags = {
+        "WEIGHT": weight is not None,
+        "BIAS": bias is not None,
+        "OFFSET": offset is not None,
+        "MODULATED": scale is not None,
+    }
+    with _device(x):
+        if groups == 0:
+            columns = triton.next_power_of_2(channels)
+            height = max(1, _TILE // columns)
+            tiles = triton.cdiv(pixels, height)
+            _layer_kernel[(batch * tiles,)](
+                x, y, *vectors, channels, pixels, tiles, eps, *strides, *rows[2:], SILU=silu, BP=height, BC=columns,
+                **flags,
+            )  # fmt: skip
+            return y
+        columns = _block(channels)
+        height = _TILE // columns
+        blocks, tiles = triton.cdiv(channels, columns), triton.cdiv(pixels, height)
+        share = triton.cdiv(tiles, triton.cdiv(_SHARES, batch)) * height
+        shares = triton.cdiv(pixels, share)
+        moments = x.new_empty((batch, shares, 2, channels), dtype=torch.float32)
+        factors = x.new_empty((batch, 3, channels), dtype=torch.float32)
+        _moments_kernel[(batch * shares, blocks)](
+            x, moments, channels, pixels, share, shares, *strides, BP=height, BC=columns
+        )
+        size = channels // groups
+        wide = min(64, triton.next_power_of_2(size))
+        _factors_kernel[(batch, groups)](
+            moments, *vectors, factors, channels, pixels, share, shares, size, eps, *rows[2:],
+            BS=min(_TILE // wide, 512), BC=wide, **flags,
+        )  # fmt: skip
+        _apply_kernel[(batch * tiles, blocks)](
+            x, y, factors, channels, pixels, tiles, *strides, SILU=silu, BP=height, BC=columns
+        )
+    return y
+
+
+def gated_sum_fwd(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    bias_a: Tensor | None,
+    bias_b: Tensor | None,
+    gate_a: Tensor | None,
+    gate_b: Tensor | None,
+) -> Tensor:
+    """Schema of `pansharp_fast::gated_sum_fwd`."""
+    batch, channels, height, width = x.shape
+    pixels = height * width
+    y = _like(x)
+    if not x.numel():
+        return y
+    maps, strides = [], []
+    for tensor in (x, a, x if b is None else b):
+        flat, *its = _flat(tensor)
+        maps.append(flat)
+        strides += its
+    vectors, rows = _rows(x, bias_a, bias_b, gate_a, gate_b)
+    columns = _block(channels)
+    height = _TILE // columns
+    tiles = triton.cdiv(pixels, height)
+    with _device(x):
+        _sum_kernel[(batch * tiles, triton.cdiv(channels, columns))](
+            *maps, y, *vectors, channels, pixels, tiles, *strides, *rows[2:], SECOND=b is not None,
+            BIAS_A=bias_a is not None, BIAS_B=bias_b is not None, GATE_A=gate_a is not None, GATE_B=gate_b is not None,
+            BP=height, BC=columns,
+        )  # fmt: skip
+    return y
