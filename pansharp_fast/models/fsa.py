@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..data.grid import check_pair
 from ..nn import Conv3x3, FrequencyAttention, WaveletAttention
-from ..nn.convolution import norm_silu_conv
+from ..nn.convolution import norm_silu_conv, two_convolutions
 from ..nn.fused import fused
 from ..nn.plain import hooked, is_plain
 from ..options import PREDICTIONS, check_fields, expect
@@ -179,6 +179,9 @@ class ResnetBlock(nn.Module):
         self.res_conv = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        if is_plain(self.block1, _Block) and is_plain(self.block2, _Block):
+            layers = self.block1.block, self.block2.block, self.res_conv
+            return two_convolutions(*layers, x, shift=self.noise_func(time))
         return self.block2(self.block1(x, self.noise_func(time)), residual=self.res_conv(x))
 
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ..data.grid import RATIO, check_pair
 from ..nn.cm3a import CM3A
-from ..nn.convolution import Conv3x3, LayerNorm, mlp, norm_silu_conv
+from ..nn.convolution import Conv3x3, LayerNorm, gpu_inference, mlp, norm_silu_conv, two_convolutions
+from ..nn.plain import is_plain, is_plain_conv
+from ..ops import gated_sum
 from ..options import ATTENTION_KEYS, NEIGHBOURS, check_fields, expect
 
 #: Values of `mode`: which image the network reconstructs.
@@ -161,11 +163,6 @@ def _modulation(config: PANCrafterConfig, channels: int, start: float) -> nn.Mod
     return vectors
 
 
-def _pair(values: Tensor) -> tuple[Tensor, Tensor]:
-    first, second = values[:, :, None, None].chunk(2, 1)
-    return first, second
-
-
 class ResBlock(nn.Module):
     """Two 3x3 convolutions, the second one modulated by the mode (eq. 5 and 6). [B, C_in, H, W] -> [B, C_out, H, W]."""
 
@@ -181,8 +178,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         scale, shift = self.emb_layers(c).chunk(2, 1)
-        out = norm_silu_conv(self.in_layers, x)
-        return norm_silu_conv(self.out_layers, out, modulation=(scale, shift), residual=self.skip_connection(x))
+        layers = self.in_layers, self.out_layers, self.skip_connection
+        return two_convolutions(*layers, x, modulation=(scale, shift))
 
 
 class Mlp(nn.Module):
@@ -219,9 +216,18 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: tuple[Tensor, Tensor, Tensor], c: Tensor, s: Tensor) -> Tensor:
         ms, lpan, pan = condition
-        x_pan, x_ms = self.attn(self.norm(x), ms, lpan, pan, s)
-        gate_ms, gate_pan = _pair(self.adaLN_modulation(c))
-        x = torch.addcmul(torch.addcmul(x, gate_ms, x_ms), gate_pan, x_pan)
+        gate_ms, gate_pan = self.adaLN_modulation(c).chunk(2, 1)
+        projections = self.attn.proj_ms, self.attn.proj_pan
+        plain = is_plain(self.attn, CM3A) and all(is_plain_conv(each, 1, bias=True) for each in projections)
+        if plain and gpu_inference(x):
+            out_pan, out_ms = self.attn.attend(self.norm(x), ms, lpan, pan, s)
+            terms = [F.conv2d(out, each.weight) for out, each in zip((out_ms, out_pan), projections, strict=True)]
+            bias_a, bias_b = (each.bias for each in projections)
+            x = gated_sum(x, *terms, bias_a=bias_a, bias_b=bias_b, gate_a=gate_ms, gate_b=gate_pan)
+        else:
+            x_pan, x_ms = self.attn(self.norm(x), ms, lpan, pan, s)
+            x = torch.addcmul(x, gate_ms[:, :, None, None], x_ms)
+            x = torch.addcmul(x, gate_pan[:, :, None, None], x_pan)
         return x + self.mlp(self.norm(x))
 
 

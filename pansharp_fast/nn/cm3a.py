@@ -91,6 +91,11 @@ class CM3A(nn.Module):
         Returns:
             (x_pan, x_ms), each [B, dim, H, W].
         """
+        out_pan, out_ms = self.attend(x, ms, lpan, pan, s)
+        return self.proj_pan(out_pan), self.proj_ms(out_ms)
+
+    def attend(self, x: Tensor, ms: Tensor, lpan: Tensor, pan: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, without the projections at its end."""
         blend = s.to(ms.dtype).view(-1, 1, 1, 1)
         q = self.q(joined(x, torch.lerp(lpan.expand_as(ms), ms, blend)))
         v_pan = self.v_pan(joined(x, lpan, pan, pan - lpan) if self.pan_detail else joined(x, lpan))
@@ -102,11 +107,10 @@ class CM3A(nn.Module):
         weight = bias = None
         if self.dep_conv is not None:
             if not is_plain_conv(self.dep_conv, self.ka, groups=self.head_dim, bias=True):
-                return self.proj_pan(self._attend(q, k_pan, v_pan)), self.proj_ms(self._attend(q, k_ms, v_ms))
+                return self._attend(q, k_pan, v_pan), self._attend(q, k_ms, v_ms)
             weight = self.dep_conv.weight.view(self.head_dim, self.ka**2, self.ka, self.ka)
             bias = self.dep_conv.bias.view(self.head_dim, self.ka**2)  # type: ignore[union-attr]
-        out_pan, out_ms = cm3a(q, k_pan, v_pan, k_ms, v_ms, weight, bias, num_heads=self.num_heads, window=self.ka)
-        return self.proj_pan(out_pan), self.proj_ms(out_ms)
+        return cm3a(q, k_pan, v_pan, k_ms, v_ms, weight, bias, num_heads=self.num_heads, window=self.ka)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One branch by calls of `dep_conv`, for one that users changed; all neighbours stand in memory."""

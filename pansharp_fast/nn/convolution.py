@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..ops._backends import requested, transformed, unavailable
+from ..ops._backends import interpreting, requested, transformed, unavailable
 from .plain import is_plain, is_plain_conv, pads_with_zeros, traced
 
 #: From these sizes on Winograd's fewer multiplications outweigh its transforms; with norm, activation and residual in
@@ -46,6 +46,8 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if gpu_inference(x):
+            return ops.layer_norm(x, self.weight, self.bias)
         return self.normalise(x, self.weight, self.bias)
 
     def normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -86,11 +88,68 @@ def norm_silu_conv(
             factor = 1 + modulation[0].float()
             scale, offset = scale * factor, offset * factor + modulation[1].float()
         return ops.conv3x3(x, conv.weight, bias, scale=scale, shift=offset, silu=True, residual=residual)
+    elif _joins(layers) and gpu_inference(x):
+        return _finished(layers[-1], normalised(layers[0], x, modulation=modulation), shift, residual)
     else:
         norm, *rest = layers
         x = _modulated(norm, x, modulation)
         for layer in rest:
             x = layer(x)
+    if shift is not None:
+        x = x + shift[:, :, None, None]
+    return x if residual is None else x + residual
+
+
+def two_convolutions(
+    first: nn.Sequential,
+    second: nn.Sequential,
+    shortcut: nn.Module,
+    x: Tensor,
+    *,
+    shift: Tensor | None = None,
+    modulation: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """A residual block: `second` of `first` of x, each as in `norm_silu_conv`, plus the shortcut of x.
+
+    Args:
+        first, second: layers as for `norm_silu_conv`.
+        shortcut: what is added to the result.
+        x: [B, C, H, W].
+        shift: [B, O], added to the result of `first`.
+        modulation: of the norm in `second`.
+    """
+    plain = is_plain(first, nn.Sequential) and is_plain(second, nn.Sequential) and _joins(first) and _joins(second)
+    if not (plain and gpu_inference(x)):
+        between = norm_silu_conv(first, x, shift=shift)
+        return norm_silu_conv(second, between, modulation=modulation, residual=shortcut(x))
+    conv: Any = first[-1]
+    between = F.conv2d(normalised(first[0], x), conv.weight, padding=1)
+    # The bias of the first convolution is added where the second norm reads its result.
+    offset = shift if conv.bias is None else conv.bias if shift is None else conv.bias + shift
+    hidden = normalised(second[0], between, offset=offset, modulation=modulation)
+    return _finished(second[-1], hidden, None, shortcut(x))
+
+
+def normalised(
+    norm: Any, x: Tensor, *, offset: Tensor | None = None, modulation: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """silu(norm(x + offset)·(1 + scale) + shift) by the operators; norm: a plain `nn.GroupNorm` or `LayerNorm`."""
+    scale, shift = modulation or (None, None)
+    options: Any = {"offset": offset, "scale": scale, "shift": shift, "silu": True}
+    if isinstance(norm, nn.GroupNorm):
+        return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, **options)
+    return ops.layer_norm(x, norm.weight, norm.bias, **options)
+
+
+def _finished(conv: Any, x: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:
+    """conv(x) + shift + residual; PyTorch adds a bias on GPUs in a pass of its own, here it goes with the residual."""
+    if residual is not None and shift is None:
+        y = F.conv2d(x, conv.weight, padding=1)
+        if y.dtype == residual.dtype:
+            return ops.gated_sum(residual, y, bias_a=conv.bias)
+        x = y if conv.bias is None else y + conv.bias[:, None, None]
+    else:
+        x = conv(x)
     if shift is not None:
         x = x + shift[:, :, None, None]
     return x if residual is None else x + residual
@@ -138,6 +197,10 @@ def mlp(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
     At inference on the CPU oneDNN computes it, a strip of pixels at a time: what stands between stays in the cache.
     """
     plain = all(is_plain(layer, nn.Linear) and layer.weight.dtype == x.dtype for layer in (first, second))
+    if plain and first.bias is not None and x.is_cuda and not torch.is_grad_enabled() and not traced():
+        pixels = x.reshape(-1, first.in_features)  # cuBLASLt: bias and activation come with the product
+        hidden = torch._addmm_activation(first.bias, pixels, first.weight.t(), use_gelu=True)
+        return second(hidden).view(*x.shape[:-1], -1)
     if not (plain and inference(x) and not traced() and _onednn_multiplies(x.dtype)):
         return second(F.gelu(first(x), approximate="tanh"))
     linear: Any = torch.ops.mkldnn._linear_pointwise
@@ -172,6 +235,24 @@ def inference(x: Tensor) -> bool:
         and not transformed()
         and requested()[0] in ("auto", "cpu")
         and unavailable("cpu") is None
+    )
+
+
+def gpu_inference(x: Tensor) -> bool:
+    """Whether norms and sums of x [B, C, H, W] may run by the Triton kernels: in channels_last, for a result alone.
+
+    On the CPU only where that backend is named and the interpreter on.
+    """
+    name = requested()[0]
+    return (
+        ((x.is_cuda and name in ("auto", "triton")) or (name == "triton" and interpreting()))
+        and x.dtype in _DTYPES
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.is_grad_enabled()
+        and not transformed()
+        and not traced()
+        and unavailable("triton") is None
     )
 
 

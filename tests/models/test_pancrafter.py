@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pansharp_fast import compat
+from pansharp_fast import compat, use_backend
 from pansharp_fast.models import PRESETS, PANCrafter, PANCrafterConfig, preset
 from pansharp_fast.nn import CM3A
+from tests.support.backends import needs_interpreter
 
 
 def load(path):
@@ -258,3 +259,14 @@ def test_bad_configurations(changes):
 def test_configuration_round_trip():
     config = preset("tiny", bands=8)
     assert PANCrafterConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", PRESETS)
+def test_passes_of_gpus(name):
+    """The network by the Triton kernels, two modes in one batch."""
+    model, arguments = randomised(small(name)), (*images(4, 8, batch=2), torch.tensor([1, 0]))
+    with torch.no_grad():
+        expected = model(*arguments)
+        with use_backend("triton"):
+            close(model(*arguments), expected)

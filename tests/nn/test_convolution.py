@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pansharp_fast import use_backend
 from pansharp_fast.nn import Conv3x3, convolution
-from pansharp_fast.nn.convolution import LayerNorm, joined, mlp, norm_silu_conv
+from pansharp_fast.nn.convolution import LayerNorm, joined, mlp, norm_silu_conv, two_convolutions
+from tests.support.backends import needs_interpreter
 
 
 def calls(run):
@@ -82,3 +84,56 @@ def test_joined(layout):
     result = joined(x, *others)
     assert torch.equal(result, torch.cat([x, *others], 1))
     assert result.is_contiguous(memory_format=layout)
+
+
+# ---- The passes of GPUs, in Triton's interpreter ---------------------------------------------------------------------
+
+
+class Passes(TorchDispatchMode):
+    """Counts the norms and sums that run as kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.name() in ("pansharp_fast::norm_fwd_triton", "pansharp_fast::gated_sum_fwd_triton")
+        return function(*args, **(kwargs or {}))
+
+
+def as_on_gpus(run):
+    """The result of `run` by kernels, and how many of them ran."""
+    with torch.no_grad(), use_backend("triton"), Passes() as passes:
+        return run(), passes.count
+
+
+@needs_interpreter
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", ["group", "layer"])
+@pytest.mark.parametrize("way", ["shift", "modulation"])
+def test_residual_blocks_of_gpus(batch, kind, way):
+    def layers(inputs, outputs):
+        norm = nn.GroupNorm(4, inputs) if kind == "group" else LayerNorm(inputs)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+        return nn.Sequential(norm, nn.SiLU(), nn.Dropout(0.5).eval(), Conv3x3(inputs, outputs))
+
+    first, second, shortcut = layers(8, 12), layers(12, 12), nn.Conv2d(8, 12, 1)
+    x = torch.randn(batch, 8, 9, 7).contiguous(memory_format=torch.channels_last)
+    if way == "shift":
+        options = {"shift": torch.randn(batch, 12)}
+    else:
+        options = {"modulation": (torch.randn(batch, 12), torch.randn(batch, 12))}
+    expected = two_convolutions(first, second, shortcut, x, **options)
+    actual, count = as_on_gpus(lambda: two_convolutions(first, second, shortcut, x, **options))
+    assert count == 3
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    if kind == "group":  # a layer norm gives channels_last whatever it gets
+        assert as_on_gpus(lambda: two_convolutions(first, second, shortcut, x.contiguous(), **options))[1] == 0
+    seen = []
+    second[0].register_forward_hook(lambda *call: seen.append(call))
+    actual, count = as_on_gpus(lambda: two_convolutions(first, second, shortcut, x, **options))
+    assert len(seen) == 1
+    assert count == 1 + (kind == "layer")
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert two_convolutions(first, second, shortcut, x, **options).requires_grad

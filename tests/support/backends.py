@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 
 from pansharp_fast.ops import Operator
 from pansharp_fast.ops._backends import interpreting, unavailable
+
+needs_interpreter = pytest.mark.skipif(
+    not interpreting() or importlib.util.find_spec("triton") is None, reason="needs Triton's interpreter"
+)
 
 
 def device_of(backend: str) -> str:
