@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..data.grid import RATIO, check_pair
 from ..nn.cm3a import CM3A
-from ..nn.convolution import Conv3x3, LayerNorm, gpu_inference, mlp, norm_silu_conv, two_convolutions
+from ..nn.convolution import Conv3x3, LayerNorm, gpu_inference, joined_conv, mlp, norm_silu_conv, two_convolutions
 from ..nn.plain import is_plain, is_plain_conv
 from ..ops import gated_sum
 from ..options import ATTENTION_KEYS, NEIGHBOURS, check_fields, expect
@@ -324,7 +324,8 @@ class PANCrafter(nn.Module):
             x = torch.cat([pan, up_ms], 1)
         if config.stem_stride > 1:
             x = F.pixel_unshuffle(x, config.stem_stride)
-        x = self.input(x)
+        dtype = next(self.parameters()).dtype  # images may hold more than the network computes in
+        x = joined_conv(self.input, x.to(dtype))
 
         conditions = {}
         for scale in config.attention_scales:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops.cm3a import cm3a
 from ..options import ATTENTION_KEYS, NEIGHBOURS, expect
-from .convolution import Conv3x3, joined
+from .convolution import Conv3x3, gpu_inference, joined_conv
 from .plain import is_plain_conv
 
 
@@ -97,13 +97,15 @@ class CM3A(nn.Module):
     def attend(self, x: Tensor, ms: Tensor, lpan: Tensor, pan: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, without the projections at its end."""
         blend = s.to(ms.dtype).view(-1, 1, 1, 1)
-        q = self.q(joined(x, torch.lerp(lpan.expand_as(ms), ms, blend)))
-        v_pan = self.v_pan(joined(x, lpan, pan, pan - lpan) if self.pan_detail else joined(x, lpan))
-        k_ms, v_ms = self.kv_ms(joined(x, ms)).chunk(2, 1)
+        q = joined_conv(self.q, x, torch.lerp(lpan.expand_as(ms), ms, blend))
+        v_pan = (
+            joined_conv(self.v_pan, x, lpan, pan, pan - lpan) if self.pan_detail else joined_conv(self.v_pan, x, lpan)
+        )
+        k_ms, v_ms = self._keys_and_values(x, ms)
         if self.attention_keys == "released":
             k_pan, k_ms = k_ms, transposed_keys(k_ms, self.num_heads)
         else:
-            k_pan = self.k_pan(joined(x, lpan))
+            k_pan = joined_conv(self.k_pan, x, lpan)
         weight = bias = None
         if self.dep_conv is not None:
             if not is_plain_conv(self.dep_conv, self.ka, groups=self.head_dim, bias=True):
@@ -111,6 +113,16 @@ class CM3A(nn.Module):
             weight = self.dep_conv.weight.view(self.head_dim, self.ka**2, self.ka, self.ka)
             bias = self.dep_conv.bias.view(self.head_dim, self.ka**2)  # type: ignore[union-attr]
         return cm3a(q, k_pan, v_pan, k_ms, v_ms, weight, bias, num_heads=self.num_heads, window=self.ka)
+
+    def _keys_and_values(self, x: Tensor, ms: Tensor) -> tuple[Tensor, Tensor]:
+        conv = self.kv_ms
+        if gpu_inference(x) and isinstance(conv, nn.Conv2d) and is_plain_conv(conv, conv.kernel_size[0], bias=True):
+            # PyTorch adds a bias in a pass of its own there: this one gives either a memory of its own, too.
+            halves = joined_conv(conv, x, ms, bias=False).chunk(2, 1)
+            biases = conv.bias[:, None, None].to(halves[0].dtype).chunk(2)  # type: ignore[index]
+            return halves[0] + biases[0], halves[1] + biases[1]
+        keys, values = joined_conv(conv, x, ms).chunk(2, 1)
+        return keys, values
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One branch by calls of `dep_conv`, for one that users changed; all neighbours stand in memory."""
@@ -125,5 +137,10 @@ class CM3A(nn.Module):
 def transposed_keys(keys: Tensor, num_heads: int) -> Tensor:
     """The released MS branch's keys: [B, heads, D, H, W] moved to [B, heads, W, D, H] and read back row by row."""
     b, c, h, w = keys.shape
+    dim = c // num_heads
+    if h == w and w % dim == 0 and c > 1 and keys.stride(1) == 1:
+        # One copy, that keeps the layout: the new pixel is (column within its block, channel), row.
+        pixels = keys.permute(0, 2, 3, 1).reshape(b, h, dim, w // dim, num_heads, dim)
+        return pixels.permute(0, 3, 5, 1, 4, 2).reshape(b, h, w, c).permute(0, 3, 1, 2)
     moved = keys.reshape(b, num_heads, c // num_heads, h, w).permute(0, 1, 4, 2, 3)
     return moved.reshape(b, c, h, w)

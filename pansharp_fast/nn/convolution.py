@@ -191,6 +191,31 @@ def joined(x: Tensor, *others: Tensor) -> Tensor:
     return torch.cat([tensor.permute(0, 2, 3, 1) for tensor in (x, *others)], 3).permute(0, 3, 1, 2)
 
 
+def joined_conv(conv: nn.Conv2d, x: Tensor, *others: Tensor, bias: bool = True) -> Tensor:
+    """conv of `joined(x, *others)`, with its bias or without.
+
+    The others are cast to x's dtype. On GPUs zeros fill the channels up to a multiple of 8: others are slow there.
+
+    Args:
+        conv: 3x3 or 1x1, stride 1; without its bias it must be plain.
+        x: [B, C, H, W].
+        others: [B, _, H, W].
+        bias: whether to add the bias.
+    """
+    others = tuple(other.to(x.dtype) for other in others)
+    size = conv.kernel_size[0] if isinstance(conv, nn.Conv2d) else 0
+    missing = -conv.in_channels % 8 if size and is_plain_conv(conv, int(size)) else 0
+    if missing and x.is_cuda and conv.weight.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    weight = conv.weight
+    if missing and gpu_inference(x):
+        weight = F.pad(weight, (0, 0, 0, 0, 0, missing))
+        others += (x.new_zeros(1, 1, 1, 1).expand(x.shape[0], missing, *x.shape[2:]),)
+    elif bias:
+        return conv(joined(x, *others))
+    return F.conv2d(joined(x, *others), weight, conv.bias if bias else None, padding=int(size) // 2)
+
+
 def mlp(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
     """second(gelu(first(x))) of [..., C], the tanh form of GELU.
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pansharp_fast import compat, use_backend
 from pansharp_fast.models import PRESETS, PANCrafter, PANCrafterConfig, preset
 from pansharp_fast.nn import CM3A
+from pansharp_fast.nn.cm3a import transposed_keys
 from tests.support.backends import needs_interpreter
 
 
@@ -270,3 +271,25 @@ def test_passes_of_gpus(name):
         expected = model(*arguments)
         with use_backend("triton"):
             close(model(*arguments), expected)
+
+
+def test_images_may_be_finer_than_the_network():
+    """A network in bfloat16 forms differences of images in theirs."""
+    model, arguments = randomised(small("released")), (*(0.7 + 0.02 * x for x in images(8, 8)), torch.ones(1))
+    with torch.no_grad():
+        expected = model(*arguments)
+        model.bfloat16()
+        fine, coarse = model(*arguments), model(*(each.bfloat16() for each in arguments))
+    assert fine.dtype == torch.bfloat16
+    assert (fine - expected).norm() < (coarse - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_transposed_keys_keep_the_layout(heads):
+    keys = torch.randn(2, 16, 8, 8)
+    expected = transposed_keys(keys, heads)
+    wide = torch.cat([keys, keys], 1).contiguous(memory_format=torch.channels_last)
+    for given in (keys.contiguous(memory_format=torch.channels_last), wide[:, :16]):
+        actual = transposed_keys(given, heads)
+        assert torch.equal(actual, expected)
+        assert actual.is_contiguous(memory_format=torch.channels_last)

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pansharp_fast import use_backend
 from pansharp_fast.nn import Conv3x3, convolution
-from pansharp_fast.nn.convolution import LayerNorm, joined, mlp, norm_silu_conv, two_convolutions
+from pansharp_fast.nn.convolution import LayerNorm, joined, joined_conv, mlp, norm_silu_conv, two_convolutions
 from tests.support.backends import needs_interpreter
 
 
@@ -137,3 +137,18 @@ def test_residual_blocks_of_gpus(batch, kind, way):
     assert count == 1 + (kind == "layer")
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert two_convolutions(first, second, shortcut, x, **options).requires_grad
+
+
+@needs_interpreter
+@pytest.mark.parametrize("inputs", [11, 16])
+@pytest.mark.parametrize("size", [1, 3])
+def test_joined_conv_fills_channels_up(inputs, size):
+    conv = nn.Conv2d(inputs, 6, size, padding=size // 2)
+    x, other = torch.randn(2, 7, 5, 6).contiguous(memory_format=torch.channels_last), torch.randn(2, inputs - 7, 5, 6)
+    for bias in (True, False):
+        expected = F.conv2d(torch.cat([x, other], 1), conv.weight, conv.bias if bias else None, padding=size // 2)
+        for actual in (
+            joined_conv(conv, x, other.double(), bias=bias),
+            as_on_gpus(lambda bias=bias: joined_conv(conv, x, other, bias=bias))[0],
+        ):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
