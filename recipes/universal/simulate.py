@@ -39,6 +39,8 @@ VALID, TEST = ("bishop", "eureka"), ("riverside",)
 #: Wavelengths of the source images' bands, micrometres.
 SOURCE = np.array([0.46, 0.55, 0.65, 0.84])
 PATCH = 64
+#: In place of OPEN_IMAGERY: noise, to rehearse with.
+NOISE = Path("noise")
 #: Splits for validation at displacements left by registration, PAN pixels.
 DISPLACED = {"still": 0.0, "near": 0.3, "far": 1.0}
 #: Registration's errors in PAN pixels at ratio 4, of all bands together and of each: (share, standard deviation along
@@ -89,6 +91,8 @@ def read(path: Path) -> Tensor:
 def groups(imagery: Path, split: str) -> list[list[Tensor]]:
     """Images [4, 256, 256] in [0, 1], as lists of one place and year."""
     places: dict[str, list[Tensor]] = {}
+    if imagery == NOISE:
+        return [[torch.rand(4, 256, 256, generator=torch.Generator().manual_seed(1))]]
     if imagery.is_file():
         with np.load(imagery) as packed:
             for key in packed.files:
@@ -154,6 +158,9 @@ def pair_images(imagery: Path, name: str) -> tuple[Tensor, Tensor]:
     if imagery.is_file():
         with np.load(imagery) as packed:
             return tuple(torch.from_numpy(packed[f"pair/{name}_{kind}"].astype(np.float32)) for kind in ("pan", "ms"))
+    if imagery == NOISE:
+        generator = torch.Generator().manual_seed(1)
+        return tuple(2000 * torch.rand(*shape, generator=generator) for shape in ((1, 720, 720), (8, 180, 180)))
     stem = PAIRS[name][0]
     return tuple(read(imagery / f"{stem}_{kind}.tif") for kind in ("pan", "ms"))
 
@@ -490,6 +497,7 @@ def main() -> None:
     parser.add_argument("imagery", type=Path)
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--scenes", type=int, default=1200, help="training scenes")
+    parser.add_argument("--held-out", type=int, default=40, help="scenes to validate on")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument(
         "--shanghai",
@@ -509,7 +517,8 @@ def main() -> None:
         report(arguments.imagery, arguments.seed)
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
-    counts = {"valid": 40, "pair": 12, **dict.fromkeys(DISPLACED, 16), "train": arguments.scenes}
+    few = math.ceil(0.4 * arguments.held_out)
+    counts = {"valid": arguments.held_out, "pair": few, **dict.fromkeys(DISPLACED, few), "train": arguments.scenes}
     if arguments.shanghai == 1:
         counts = {"train": arguments.scenes}
     jobs = [
