@@ -362,7 +362,7 @@ class Facts:
             for side in areas
             for work in ("gram", "apply", "forward", "four FFTs")
         )
-        yield from _in_turn(cm3a, wavelet, frequency)
+        yield from _in_turn(cm3a, wavelet, frequency, self._norm_speed())
 
     def _copy(self) -> dict[str, Any]:
         rate = self.copy_rate()
@@ -426,6 +426,59 @@ class Facts:
 
         return Case("frequency_attention", f"frequency_attention {work} [1,64,{side},{side}] heads {heads}", body)
 
+    def _norm_speed(self) -> Iterator[Case]:
+        """What the networks' residual blocks do, by the operators and by PyTorch's own."""
+        t = self.torch
+        for dtype in (t.bfloat16, t.float32):
+            for shape in ((1, 128, 256, 256), (1, 256, 256, 256), (1, 128, 64, 64), (8, 128, 256, 256)):
+                works = ["group norm + SiLU", "torch group norm + SiLU", "layer norm", "torch layer norm"]
+                works += ["residual + bias", "torch residual + bias"]
+                for work in works:
+                    yield self._norm(work, shape if not self.tiny else (1, 32, 8, 8), dtype)
+        for inputs in (128, 131, 136):
+            for bias in (False, True):
+                yield self._convolution(inputs, bias)
+
+    def _norm(self, work, shape, dtype) -> Case:  # type: ignore[no-untyped-def]
+        t, functional = self.torch, self.torch.nn.functional
+
+        def body() -> dict[str, Any]:
+            x, other = (t.randn(shape, device=self.device).to(dtype) for _ in range(2))
+            x, other = (each.contiguous(memory_format=t.channels_last) for each in (x, other))
+            scale, shift = (t.randn(shape[:2], device=self.device).to(dtype) for _ in range(2))
+            weight, groups, one = scale[0].contiguous(), min(32, shape[1]), x.numel() * x.element_size()
+            wide = [each[:, :, None, None] for each in (scale, shift)]
+            if work == "group norm + SiLU":
+                options = {"offset": weight, "scale": scale, "shift": shift, "silu": True}
+                return self.timed(lambda: self.ops.group_norm(x, groups, weight, weight, **options), 3 * one)
+            if work == "torch group norm + SiLU":
+                norm = lambda: functional.group_norm(x, groups, weight, weight)  # noqa: E731
+                return self.timed(lambda: functional.silu(norm() * (1 + wide[0]) + wide[1]), 3 * one)
+            if work == "layer norm":
+                return self.timed(lambda: self.ops.layer_norm(x, weight, weight), 2 * one)
+            if work == "torch layer norm":
+                pixels = x.permute(0, 2, 3, 1)
+                return self.timed(lambda: functional.layer_norm(pixels, shape[1:2], weight, weight), 2 * one)
+            if work == "residual + bias":
+                return self.timed(lambda: self.ops.gated_sum(x, other, bias_a=weight), 3 * one)
+            return self.timed(lambda: (other + weight[:, None, None]) + x, 3 * one)
+
+        return Case("norm", f"{work} {list(shape)} {_short(dtype)}", body)
+
+    def _convolution(self, inputs: int, bias: bool) -> Case:
+        t = self.torch
+        side = 256 if not self.tiny else 8
+
+        def body() -> dict[str, Any]:
+            x = t.randn(1, inputs, side, side, device=self.device).bfloat16().contiguous(memory_format=t.channels_last)
+            layer = t.nn.Conv2d(inputs, 128, 3, padding=1, bias=bias).to(self.device, t.bfloat16)
+            layer.to(memory_format=t.channels_last)
+            with t.no_grad():
+                return self.timed(lambda: layer(x), flops=2 * 9 * 128 * inputs * side**2)
+
+        name = f"convolution [1,{inputs},{side},{side}] to 128 bfloat16 {'with' if bias else 'without'} bias"
+        return Case("convolution", name, body)
+
     # -- networks
     def network(self) -> Iterator[Case]:
         t = self.torch
@@ -436,6 +489,8 @@ class Facts:
             yield Case("pancrafter", f"{name} eager", self._crafter(dtype, batch, side, "eager"))
             if self.cuda:
                 yield Case("pancrafter graph", f"{name} CUDA graph", self._crafter(dtype, batch, side, "graph"))
+                plain = f"{name} CUDA graph, PyTorch's norms"
+                yield Case("pancrafter graph", plain, self._crafter(dtype, batch, side, "plain graph"))
         yield Case("profile", "profile of PAN-Crafter", self._crafter(t.bfloat16, 1, side, "profile"))
         for reference in (False, True):
             which = "reference" if reference else "ours"
@@ -479,6 +534,9 @@ class Facts:
                     }
                 if work == "graph":
                     return self._graphed(lambda: model(*images, mode))
+                if work == "plain graph":  # the norms have no kernels of this name
+                    with self.ops.use_backend("cuda"):
+                        return self._graphed(lambda: model(*images, mode))
                 return self._profile(lambda: model(*images, mode))
 
         return body
