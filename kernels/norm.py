@@ -7,9 +7,6 @@ moments of each channel over shares of the pixels, three factors of each channel
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -222,10 +219,6 @@ def _block(channels: int) -> int:
     return next((size for size in (128, 64, 32) if channels % size == 0), min(128, triton.next_power_of_2(channels)))
 
 
-def _device(x: Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _rows(x: Tensor, *vectors: Tensor | None) -> tuple[list[Tensor], list[int]]:
     """Each [C] or [B, C] without gaps between channels, and its stride from image to image; x where there is none."""
     found, strides = [], []
@@ -262,35 +255,34 @@ def norm_fwd(
         "OFFSET": offset is not None,
         "MODULATED": scale is not None,
     }
-    with _device(x):
-        if groups == 0:
-            columns = triton.next_power_of_2(channels)
-            height = max(1, _TILE // columns)
-            tiles = triton.cdiv(pixels, height)
-            _layer_kernel[(batch * tiles,)](
-                x, y, *vectors, channels, pixels, tiles, eps, *strides, *rows[2:], SILU=silu, BP=height, BC=columns,
-                **flags,
-            )  # fmt: skip
-            return y
-        columns = _block(channels)
-        height = _TILE // columns
-        blocks, tiles = triton.cdiv(channels, columns), triton.cdiv(pixels, height)
-        share = triton.cdiv(tiles, triton.cdiv(_SHARES, batch)) * height
-        shares = triton.cdiv(pixels, share)
-        moments = x.new_empty((batch, shares, 2, channels), dtype=torch.float32)
-        factors = x.new_empty((batch, 3, channels), dtype=torch.float32)
-        _moments_kernel[(batch * shares, blocks)](
-            x, moments, channels, pixels, share, shares, *strides, BP=height, BC=columns
-        )
-        size = channels // groups
-        wide = min(64, triton.next_power_of_2(size))
-        _factors_kernel[(batch, groups)](
-            moments, *vectors, factors, channels, pixels, share, shares, size, eps, *rows[2:],
-            BS=min(_TILE // wide, 512), BC=wide, **flags,
+    if groups == 0:
+        columns = triton.next_power_of_2(channels)
+        height = max(1, _TILE // columns)
+        tiles = triton.cdiv(pixels, height)
+        _layer_kernel[(batch * tiles,)](
+            x, y, *vectors, channels, pixels, tiles, eps, *strides, *rows[2:], SILU=silu, BP=height, BC=columns,
+            **flags,
         )  # fmt: skip
-        _apply_kernel[(batch * tiles, blocks)](
-            x, y, factors, channels, pixels, tiles, *strides, SILU=silu, BP=height, BC=columns
-        )
+        return y
+    columns = _block(channels)
+    height = _TILE // columns
+    blocks, tiles = triton.cdiv(channels, columns), triton.cdiv(pixels, height)
+    share = triton.cdiv(tiles, triton.cdiv(_SHARES, batch)) * height
+    shares = triton.cdiv(pixels, share)
+    moments = x.new_empty((batch, shares, 2, channels), dtype=torch.float32)
+    factors = x.new_empty((batch, 3, channels), dtype=torch.float32)
+    _moments_kernel[(batch * shares, blocks)](
+        x, moments, channels, pixels, share, shares, *strides, BP=height, BC=columns
+    )
+    size = channels // groups
+    wide = min(64, triton.next_power_of_2(size))
+    _factors_kernel[(batch, groups)](
+        moments, *vectors, factors, channels, pixels, share, shares, size, eps, *rows[2:],
+        BS=min(_TILE // wide, 512), BC=wide, **flags,
+    )  # fmt: skip
+    _apply_kernel[(batch * tiles, blocks)](
+        x, y, factors, channels, pixels, tiles, *strides, SILU=silu, BP=height, BC=columns
+    )
     return y
 
 
@@ -318,10 +310,9 @@ def gated_sum_fwd(
     columns = _block(channels)
     height = _TILE // columns
     tiles = triton.cdiv(pixels, height)
-    with _device(x):
-        _sum_kernel[(batch * tiles, triton.cdiv(channels, columns))](
-            *maps, y, *vectors, channels, pixels, tiles, *strides, *rows[2:], SECOND=b is not None,
-            BIAS_A=bias_a is not None, BIAS_B=bias_b is not None, GATE_A=gate_a is not None, GATE_B=gate_b is not None,
-            BP=height, BC=columns,
-        )  # fmt: skip
+    _sum_kernel[(batch * tiles, triton.cdiv(channels, columns))](
+        *maps, y, *vectors, channels, pixels, tiles, *strides, *rows[2:], SECOND=b is not None,
+        BIAS_A=bias_a is not None, BIAS_B=bias_b is not None, GATE_A=gate_a is not None, GATE_B=gate_b is not None,
+        BP=height, BC=columns,
+    )  # fmt: skip
     return y
