@@ -108,14 +108,23 @@ def autocast(name: str, on: torch.device) -> contextlib.AbstractContextManager[A
     """
     import torch
 
-    name = precision(name)
-    if name == "auto":
-        name = "bfloat16" if _has_bfloat16(on.type) else "float32"
-    elif name == "bfloat16" and on.type == "cpu" and not _has_bfloat16("cpu"):
-        _warn_of_emulation()
-    if name == "float32":
+    if not in_bfloat16(name, on):
         return contextlib.nullcontext()
     return torch.autocast(on.type, torch.bfloat16)
+
+
+def in_bfloat16(name: str, on: torch.device) -> bool:
+    """Whether precision `name` means bfloat16 on a device. On a CPU that has to emulate it this warns, once.
+
+    Raises:
+        ValueError: unknown precision.
+    """
+    name = precision(name)
+    if name == "auto":
+        return _has_bfloat16(on.type)
+    if name == "bfloat16" and on.type == "cpu" and not _has_bfloat16("cpu"):
+        _warn_of_emulation()
+    return name == "bfloat16"
 
 
 @functools.cache
@@ -133,5 +142,5 @@ def _warn_of_emulation() -> None:
     warnings.warn(
         "precision: expected float32 or auto on a CPU without bfloat16 units, got bfloat16, "
         "which takes 8 to 10 times as long as float32 there",
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .. import options as allowed
 from ..options import device as choose_device
+from .recorded import Recorded
 
 if TYPE_CHECKING:
     from ..diffusion import Sampling
@@ -31,7 +33,7 @@ class Sharpener:
         weights: name or file for `pansharp_fast.models.load_model`, or a model.
         peak: largest digital number the sensor can give (2047 for 11 bits).
         device: see `pansharp_fast.options.device`.
-        precision: one of `pansharp_fast.options.PRECISIONS`.
+        precision: one of `pansharp_fast.options.PRECISIONS`. On a GPU PAN-Crafter's bfloat16 is a copy of the weights.
         architecture: name that the weights' architecture must have, such as "uknow-student"; None takes any.
         sampling: how a diffusion model samples; None is `Sampling()` for such a model.
         uncertainty: results hold as many channels more, the uncertainty of each band.
@@ -58,6 +60,8 @@ class Sharpener:
     ) -> None:
         if not peak > 0:
             raise ValueError(f"peak: expected a positive number, got {peak}")
+        from ..models import PANCrafter
+
         self.device = choose_device(device)
         if isinstance(weights, str | Path):
             from ..models import load_model
@@ -92,6 +96,12 @@ class Sharpener:
         self.channels = 2 * self.bands if uncertainty else self.bands
         self.peak = float(peak)
         self.precision = allowed.precision(precision)
+        self._autocast, self._options = self.precision, dict[str, Any]()
+        if self.device.type == "cuda" and type(self.model) is PANCrafter:
+            if allowed.in_bfloat16(self.precision, self.device):
+                # Autocast would cast the weights at every call, and features to float32 for every norm.
+                self.model, self._autocast = copy.deepcopy(self.model).to(torch.bfloat16), "float32"
+            self._options["forward"] = Recorded(self.model)
 
     @torch.no_grad()
     def __call__(self, pan: Tensor, ms: Tensor, origin: tuple[int, int] = (0, 0)) -> Tensor:
@@ -99,10 +109,10 @@ class Sharpener:
 
         origin: row and column of pan's first pixel in its scene.
         """
-        with allowed.autocast(self.precision, self.device):
+        with allowed.autocast(self._autocast, self.device):
             pan, ms = pan.to(self.device), ms.to(self.device)
             if self.sampling is None:
-                return self.model.sharpen(pan, ms, self.peak).float()
+                return self.model.sharpen(pan, ms, self.peak, **self._options).float()
             from ..diffusion import sharpen_by_sampling
 
             image, uncertainty = sharpen_by_sampling(self.model, pan, ms, self.peak, self.sampling, origin)

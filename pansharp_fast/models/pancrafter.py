@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -361,12 +362,13 @@ class PANCrafter(nn.Module):
             )
 
     @torch.no_grad()
-    def sharpen(self, pan: Tensor, ms: Tensor, peak: float) -> Tensor:
+    def sharpen(self, pan: Tensor, ms: Tensor, peak: float, *, forward: Callable[..., Tensor] | None = None) -> Tensor:
         """Sharpen images in digital numbers.
 
         Args:
             pan: [B, 1, 4h, 4w], any h and w. ms: [B, bands, h, w]. Any real dtype; on the model's device.
             peak: the digital number that maps to 1, such as 2047 for 11 bits.
+            forward: called instead of the network itself, such as a recording of it.
 
         Returns:
             [B, bands, 4h, 4w] float32 digital numbers, unrounded and unclipped. Sizes that the network does not take
@@ -386,8 +388,9 @@ class PANCrafter(nn.Module):
         to_h, to_w = -(-h // step) * step, -(-w // step) * step
         padded_pan = F.pad(pan, (0, to_w - w, 0, to_h - h), mode="replicate")
         padded_ms = F.pad(ms, (0, (to_w - w) // RATIO, 0, (to_h - h) // RATIO), mode="replicate")
-        dtype = next(self.parameters()).dtype
+        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)  # differences are finer than halves
         mode = torch.full((len(pan),), MS_MODE, device=pan.device)
-        residual = self(padded_pan.to(dtype), low_pan(padded_pan).to(dtype), padded_ms.to(dtype), mode)
+        inputs = padded_pan.to(dtype), low_pan(padded_pan).to(dtype), padded_ms.to(dtype), mode
+        residual = (forward or self)(*inputs)
         out = resize(padded_ms, RATIO) + residual.float()
         return (out[:, :, :h, :w] + 1) * (peak / 2)
