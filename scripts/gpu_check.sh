@@ -67,7 +67,7 @@ save() { # logs and numbers into OUT, whole or not at all
   tar -czf "$out/.$1.tar.gz" -C "$results" . 2>/dev/null
   mv "$out/.$1.tar.gz" "$out/results.tar.gz"
 }
-(while sleep 10; do save saver; done) &
+(while sleep 10; do save saver; done) >/dev/null 2>&1 &
 saver=$!
 trap 'kill "$saver" 2>/dev/null; rm -rf "$work"' EXIT
 
