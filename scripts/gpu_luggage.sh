@@ -39,7 +39,7 @@ tar -C "$work/packed" -cf - . | xz -T0 -6 >"$luggage/packed-$version.tar.xz"
 git rev-parse HEAD >"$luggage/commit.txt"
 git diff --quiet HEAD || echo "with changes that are not committed" >>"$luggage/commit.txt"
 
-bytes() { xargs -0 -r du -cb --apparent-size | awk 'END { print $1 }'; }
+bytes() { xargs -0 -r du -cb -- | awk 'END { print $1 }'; }
 tree=$(git ls-files -coz --exclude-standard | while IFS= read -r -d '' name; do [ ! -f "$name" ] || printf '%s\0' "$name"; done | bytes)
 carried=$(find "$luggage" -type f -print0 | bytes)
 du -h --apparent-size "$luggage"/*
