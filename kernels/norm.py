@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Triton kernels of norms and sums in residual blocks; the equations stand in pansharp_fast/reference/norm.py.
 
-Maps are read as [B, pixels, C] with channels side by side; other layouts are copied. A group norm is three kernels:
-moments of each channel over shares of the pixels, three factors of each channel, one pass that applies them.
+Maps are read as [B, pixels, C] with channels side by side; other layouts are copied. The group norm of a large image is
+three kernels: moments of each channel over shares of the pixels, three factors of each channel, one pass that applies
+them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 #: Elements of a tile: 32 a thread of four warps, four loads of 16 bytes in 16 bits.
 _TILE = 4096
+#: Elements of a group that one program holds, 32 a thread of sixteen warps: its norm is one kernel.
+_AT_ONCE = 16384
 #: Programs that read an image for its moments, over all images of a batch.
 _SHARES = 512
 
@@ -116,6 +119,53 @@ def _factors_kernel(
 
 
 @triton.jit
+def _affine(
+    value, weight, bias, scale, shift, c, inside, WEIGHT: tl.constexpr, BIAS: tl.constexpr, MODULATED: tl.constexpr,
+    SILU: tl.constexpr,
+):  # fmt: skip
+    """What follows a norm, for channels c of all pixels."""
+    if WEIGHT:
+        value *= tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        value += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if MODULATED:
+        value *= 1.0 + tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+        value += tl.load(shift + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if SILU:
+        value = value / (1.0 + tl.exp(-value))
+    return value
+
+
+@triton.jit
+def _group_kernel(
+    x, y, weight, bias, offset, scale, shift, channels, pixels, size, eps, image_stride, pixel_stride, offset_stride,
+    scale_stride, shift_stride,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, OFFSET: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One group of a small image, at once."""
+    image = tl.program_id(0).to(tl.int64)
+    p = tl.arange(0, BP).to(tl.int64)
+    own = tl.arange(0, BC)
+    c = tl.program_id(1) * size + own
+    inside = own < size
+    mask = (p < pixels)[:, None] & inside[None, :]
+    at = x + image * image_stride + (p * pixel_stride)[:, None] + c[None, :]
+    value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    if OFFSET:
+        value += tl.load(offset + image * offset_stride + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    value = tl.where(mask, value, 0.0)
+    count = pixels * (size * 1.0)
+    value = tl.where(mask, value - tl.sum(value) / count, 0.0)
+    value *= 1.0 / tl.sqrt(tl.sum(value * value) / count + eps)
+    value = _affine(
+        value, weight, bias, scale + image * scale_stride, shift + image * shift_stride, c, inside, WEIGHT, BIAS,
+        MODULATED, SILU,
+    )  # fmt: skip
+    tl.store(y + (image * pixels + p)[:, None] * channels + c[None, :], value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _apply_kernel(
     x, y, factors, channels, pixels, tiles, image_stride, pixel_stride, SILU: tl.constexpr, BP: tl.constexpr,
     BC: tl.constexpr,
@@ -156,16 +206,10 @@ def _layer_kernel(
     mean = tl.sum(value, 1) / channels
     value = tl.where(mask, value - mean[:, None], 0.0)
     slope = 1.0 / tl.sqrt(tl.sum(value * value, 1) / channels + eps)
-    value *= slope[:, None]
-    if WEIGHT:
-        value *= tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if BIAS:
-        value += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if MODULATED:
-        value *= 1.0 + tl.load(scale + image * scale_stride + c, mask=inside, other=0.0).to(tl.float32)[None, :]
-        value += tl.load(shift + image * shift_stride + c, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if SILU:
-        value = value / (1.0 + tl.exp(-value))
+    value = _affine(
+        value * slope[:, None], weight, bias, scale + image * scale_stride, shift + image * shift_stride, c, inside,
+        WEIGHT, BIAS, MODULATED, SILU,
+    )  # fmt: skip
     tl.store(y + (image * pixels + p)[:, None] * channels + c[None, :], value.to(y.dtype.element_ty), mask=mask)
 
 
@@ -264,6 +308,14 @@ def norm_fwd(
             **flags,
         )  # fmt: skip
         return y
+    size = channels // groups
+    held = triton.next_power_of_2(pixels), triton.next_power_of_2(size)
+    if held[0] * held[1] <= _AT_ONCE:
+        _group_kernel[(batch, groups)](
+            x, y, *vectors, channels, pixels, size, eps, *strides, *rows[2:], SILU=silu, BP=held[0], BC=held[1],
+            num_warps=4 if held[0] * held[1] <= _TILE else 16, **flags,
+        )  # fmt: skip
+        return y
     columns = _block(channels)
     height = _TILE // columns
     blocks, tiles = triton.cdiv(channels, columns), triton.cdiv(pixels, height)
@@ -274,7 +326,6 @@ def norm_fwd(
     _moments_kernel[(batch * shares, blocks)](
         x, moments, channels, pixels, share, shares, *strides, BP=height, BC=columns
     )
-    size = channels // groups
     wide = min(64, triton.next_power_of_2(size))
     _factors_kernel[(batch, groups)](
         moments, *vectors, factors, channels, pixels, share, shares, size, eps, *rows[2:],

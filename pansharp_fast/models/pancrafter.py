@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data.grid import RATIO, check_pair
 from ..nn.cm3a import CM3A
 from ..nn.convolution import Conv3x3, LayerNorm, gpu_inference, joined_conv, mlp, norm_silu_conv, two_convolutions
-from ..nn.plain import is_plain, is_plain_conv
+from ..nn.plain import hooked, is_plain, is_plain_conv, layers_of
 from ..ops import gated_sum
 from ..options import ATTENTION_KEYS, NEIGHBOURS, check_fields, expect
 
@@ -164,6 +164,26 @@ def _modulation(config: PANCrafterConfig, channels: int, start: float) -> nn.Mod
     return vectors
 
 
+def _of_mode(modulation: nn.Module, c: Tensor | dict[nn.Module, Tensor]) -> Tensor:
+    """What a `_modulation` makes of the mode, unless `_modulations` has it already."""
+    return c[modulation] if isinstance(c, dict) else modulation(c)
+
+
+def _modulations(network: nn.Module, c: Tensor) -> dict[nn.Module, Tensor] | None:
+    """What the plain `_modulation`s by an embedding [B, E] make of it, in few launches; None where one is not plain."""
+    found = [block.emb_layers if isinstance(block, ResBlock) else block.adaLN_modulation for block in _blocks(network)]
+    pairs: list[Any] = [layers_of(each) for each in found]
+    if not all(len(p) == 2 and is_plain(p[0], nn.SiLU) and is_plain(p[1], nn.Linear) for p in pairs):
+        return None
+    weight, bias = (torch.cat([getattr(linear, name) for _, linear in pairs]) for name in ("weight", "bias"))
+    values = F.linear(F.silu(c), weight, bias).split([linear.out_features for _, linear in pairs], 1)
+    return dict(zip(found, values, strict=True))
+
+
+def _blocks(network: nn.Module) -> list[Any]:
+    return [module for module in network.modules() if isinstance(module, (ResBlock, AttnBlock))]
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions, the second one modulated by the mode (eq. 5 and 6). [B, C_in, H, W] -> [B, C_out, H, W]."""
 
@@ -177,8 +197,8 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(_norm(config, outputs), nn.SiLU(), nn.Dropout(config.dropout), last)
         self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        scale, shift = self.emb_layers(c).chunk(2, 1)
+    def forward(self, x: Tensor, c: Tensor | dict[nn.Module, Tensor]) -> Tensor:
+        scale, shift = _of_mode(self.emb_layers, c).chunk(2, 1)
         layers = self.in_layers, self.out_layers, self.skip_connection
         return two_convolutions(*layers, x, modulation=(scale, shift))
 
@@ -215,9 +235,11 @@ class AttnBlock(nn.Module):
         self.mlp = Mlp(channels, int(config.mlp_ratio * channels))
         self.adaLN_modulation = _modulation(config, channels, start=1.0)
 
-    def forward(self, x: Tensor, condition: tuple[Tensor, Tensor, Tensor], c: Tensor, s: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, condition: tuple[Tensor, Tensor, Tensor], c: Tensor | dict[nn.Module, Tensor], s: Tensor
+    ) -> Tensor:
         ms, lpan, pan = condition
-        gate_ms, gate_pan = self.adaLN_modulation(c).chunk(2, 1)
+        gate_ms, gate_pan = _of_mode(self.adaLN_modulation, c).chunk(2, 1)
         projections = self.attn.proj_ms, self.attn.proj_pan
         plain = is_plain(self.attn, CM3A) and all(is_plain_conv(each, 1, bias=True) for each in projections)
         if plain and gpu_inference(x):
@@ -335,8 +357,12 @@ class PANCrafter(nn.Module):
 
         def run(part: str, attention: str, x: Tensor, scale: int) -> Tensor:
             for block in self.get_submodule(part).children():
-                x = block(x, c)
-            return self.get_submodule(attention)(x, conditions[scale], c, s) if scale in conditions else x
+                x = block(x, modulations)
+            return self.get_submodule(attention)(x, conditions[scale], modulations, s) if scale in conditions else x
+
+        modulations: Tensor | dict[nn.Module, Tensor] = c
+        if config.modulation == "embedding" and gpu_inference(x) and not any(map(hooked, self.modules())):
+            modulations = _modulations(self, c) or c
 
         skips = []
         for scale in range(bottom):

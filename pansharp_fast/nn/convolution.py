@@ -209,8 +209,9 @@ def joined_conv(conv: nn.Conv2d, x: Tensor, *others: Tensor, bias: bool = True) 
         x = x.contiguous(memory_format=torch.channels_last)
     weight = conv.weight
     if missing and gpu_inference(x):
-        weight = F.pad(weight, (0, 0, 0, 0, 0, missing))
-        others += (x.new_zeros(1, 1, 1, 1).expand(x.shape[0], missing, *x.shape[2:]),)
+        zero = x.new_zeros(1, 1, 1, 1)
+        weight = joined(weight, zero.expand(weight.shape[0], missing, *weight.shape[2:]))
+        others += (zero.expand(x.shape[0], missing, *x.shape[2:]),)
     elif bias:
         return conv(joined(x, *others))
     return F.conv2d(joined(x, *others), weight, conv.bias if bias else None, padding=int(size) // 2)

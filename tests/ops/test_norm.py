@@ -150,3 +150,13 @@ def test_arguments():
             call()
     with pytest.raises(BackendError, match="norm has no cpu kernel"):
         group_norm(x, 2, backend="cpu")
+
+
+@triton
+def test_small_images_by_the_kernels_of_large_ones(backend, monkeypatch):
+    from pansharp_fast.kernels import norm
+
+    monkeypatch.setattr(norm, "_AT_ONCE", 0)
+    for sample in samples(device_of(backend), torch.float32):
+        if "group" in sample.name:
+            judge("norm", sample, evaluate(sample, backend, False), False)
