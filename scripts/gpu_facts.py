@@ -497,7 +497,9 @@ class Facts:
             yield Case("training", f"PAN-Crafter training step, 96 patches, {which}", self._training(reference))
         yield Case("universal", "universal", self._universal)
         for graph in (False, True) if self.cuda else (False,):
-            yield Case("uknow", f"FSA-S, {'graph' if graph else 'eager'}", self._student(graph))
+            for dtype, last in ((t.float32, False), (t.float32, True), (t.bfloat16, True)):
+                kind = f"{'graph' if graph else 'eager'}, {_short(dtype)}, {'NHWC' if last else 'NCHW'}"
+                yield Case("uknow", f"FSA-S, {kind}", self._student(graph, dtype, last))
 
     def _images(self, batch: int, side: int, dtype: Any) -> list[Any]:
         low = side // 4
@@ -623,7 +625,7 @@ class Facts:
         finite = bool(run().isfinite().all())
         return found | {"ok": finite, "text": f"{side}² {found['text']}"}
 
-    def _student(self, graph: bool) -> Callable[[], dict[str, Any]]:
+    def _student(self, graph: bool, dtype: Any, last: bool) -> Callable[[], dict[str, Any]]:
         t = self.torch
 
         def body() -> dict[str, Any]:
@@ -634,10 +636,13 @@ class Facts:
             side, steps = (256, 25) if large else (32, 2)
             t.manual_seed(0)
             config = FSAConfig.preset("released" if large else "tiny", bands=8, teacher=False)
-            model = FSAStudent(config).to(self.device).eval()
+            model = FSAStudent(config).to(self.device, dtype).eval()
+            if last:  # the features follow the weights
+                model.to(memory_format=t.channels_last)
             t.nn.init.normal_(model.final_conv.block[3].weight, std=0.1)  # zero in a fresh network
             lms, pan, noise = (
-                x.to(self.device) for x in self.random((1, 8, side, side), (1, 1, side, side), (1, 8, side, side))
+                x.to(self.device, dtype)
+                for x in self.random((1, 8, side, side), (1, 1, side, side), (1, 8, side, side))
             )
             options = {"steps": steps, "noise": noise, "released": True}
             with t.no_grad():
@@ -650,8 +655,10 @@ class Facts:
                 self.synchronize()
                 ms = (time.perf_counter() - start) * 1e3
                 with self.ops.use_backend("reference"):
+                    model.float()
+                    condition, options["noise"] = model.condition(lms.float(), pan.float()), noise.float()
                     plain = sample(model, condition, **options).residual
-            same = self.compared([("residual", got, plain)], 2e-2)
+            same = self.compared([("residual", got, plain)], 2e-2 if dtype == t.float32 else 0.2)
             return same | {"ms": ms, "text": f"{side}², {steps} steps: {ms:.1f} ms, {same['text']}"}
 
         return body

@@ -10,6 +10,7 @@ import pywt
 import torch
 from torch.nn import functional as F
 
+from pansharp_fast import use_backend
 from pansharp_fast.compat import from_official
 from pansharp_fast.diffusion import Sampling, sharpen_by_sampling
 from pansharp_fast.models import (
@@ -23,6 +24,7 @@ from pansharp_fast.models import (
     save_model,
 )
 from pansharp_fast.models.condition import highpass, wavelet_condition
+from tests.support.backends import needs_interpreter
 
 CONDITION = tuple(field.name for field in dataclasses.fields(Condition))
 
@@ -286,3 +288,19 @@ def test_other_dtypes(cls, dtype, share):
     image, spread = sharpen_by_sampling(other, 2000 * pan, 2000 * lms[:, :, ::4, ::4], 2047, Sampling(steps=2))
     assert image.dtype == spread.dtype == torch.float32
     assert image.isfinite().all()
+
+
+@needs_interpreter
+def test_student_by_the_passes_of_gpus():
+    """Features follow the layout of the weights; in channels_last norms and sums run by the Triton kernels."""
+    model = FSAStudent(FSAConfig.preset("tiny", bands=4, teacher=False)).eval().to(memory_format=torch.channels_last)
+    torch.nn.init.normal_(model.final_conv.block[3].weight, std=0.1)  # zero in a fresh network
+    x, time = torch.randn(2, 4, 12, 16), torch.tensor([3, 400])
+    with torch.no_grad():
+        condition = model.condition(torch.rand(2, 4, 12, 16), torch.rand(2, 1, 12, 16))
+        with use_backend("reference"):
+            expected = model(x, time, condition).out
+        with use_backend("triton"), torch.profiler.profile() as trace:
+            actual = model(x, time, condition).out
+    assert sum(each.count for each in trace.key_averages() if each.key == "pansharp_fast::norm_fwd_triton") > 10
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
