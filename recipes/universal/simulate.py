@@ -39,6 +39,7 @@ VALID, TEST = ("bishop", "eureka"), ("riverside",)
 #: Wavelengths of the source images' bands, micrometres.
 SOURCE = np.array([0.46, 0.55, 0.65, 0.84])
 PATCH = 64
+SEED = 2026
 #: In place of OPEN_IMAGERY: noise, to rehearse with.
 NOISE = Path("noise")
 #: Splits for validation at displacements left by registration, PAN pixels.
@@ -182,8 +183,9 @@ def warp(x: Tensor, field: Tensor) -> Tensor:
     k, c, h, w = x.shape
     knots = field.flatten(0, 1).movedim(-1, 1)
     move = F.interpolate(knots, (h, w), mode="bicubic", align_corners=True).movedim(1, -1)
-    base = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).float()
-    place = (base - move + 0.5) / torch.tensor([h, w]) * 2 - 1
+    axes = (torch.arange(length, device=x.device) for length in (h, w))
+    base = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+    place = (base - move + 0.5) / torch.tensor([h, w], device=x.device) * 2 - 1
     flat = F.grid_sample(x.flatten(0, 1)[:, None], place.flip(-1), "bicubic", "border", align_corners=False)
     return flat.view(k, c, h, w)
 
@@ -216,16 +218,16 @@ class Materials:
         colour = torch.cat(
             [(nir - red) / (nir + red + 0.05), 2 * (blue - red) / (blue + red + 0.05), 2 * (green + red).sqrt()], 1
         )
-        angle = torch.einsum("nc,kchw->knhw", self.directions.float(), colour)
-        return math.sqrt(2) * torch.cos(angle + self.phases.float().view(-1, 1, 1))
+        angle = torch.einsum("nc,kchw->knhw", self.directions.to(colour), colour)
+        return math.sqrt(2) * torch.cos(angle + self.phases.to(colour).view(-1, 1, 1))
 
 
 def mixture(x: Tensor, materials: Tensor, weights: np.ndarray, effects: np.ndarray, power: np.ndarray) -> Tensor:
     """Bands [K, n, H, W] of images [K, 4, H, W]: positive mixtures, bent by `materials` and by brightness."""
     linear, bend = (
-        torch.einsum("nb,kbhw->knhw", torch.from_numpy(a).float(), b) for a, b in ((weights, x), (effects, materials))
+        torch.einsum("nb,kbhw->knhw", torch.from_numpy(a).to(b), b) for a, b in ((weights, x), (effects, materials))
     )
-    return (linear * bend.clamp(-1.5, 1).exp()).clamp_min(1e-4) ** torch.from_numpy(power).float().view(-1, 1, 1)
+    return (linear * bend.clamp(-1.5, 1).exp()).clamp_min(1e-4) ** torch.from_numpy(power).to(x).view(-1, 1, 1)
 
 
 def errors(rng: np.random.Generator, bands: int, ratio: int, fixed: float | None = None) -> np.ndarray:
@@ -299,7 +301,7 @@ def acquire(images: Tensor, rng: np.random.Generator, bands: int, ratio: int, wr
     for image, count in ((gt, bands), (pan, 1)):
         low = torch.quantile(image.transpose(0, 1).flatten(1)[:, ::13], 0.002, dim=1).view(-1, 1, 1)
         std = image.transpose(0, 1).flatten(1).std(1).clamp_min(1e-4).view(-1, 1, 1)
-        lift = torch.from_numpy(haze * log_uniform(rng, 0.5, 2, count)).float().view(-1, 1, 1)
+        lift = torch.from_numpy(haze * log_uniform(rng, 0.5, 2, count)).to(image).view(-1, 1, 1)
         image.sub_(low).div_(std).add_(lift)
     if rng.random() < 0.1:
         for image in (gt, pan):
@@ -316,7 +318,7 @@ def degrade(
 
     Registration's errors are drawn, or `wrong` PAN pixels in some direction.
     """
-    noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    noise = torch.Generator(gt.device).manual_seed(int(rng.integers(2**62)))
     bands, height, width = gt.shape[1:]
     # Displaced, on half of the scenes by smooth fields too.
     phase = ratio / 2 if rng.random() < 0.5 else (ratio - 1) / 2
@@ -327,7 +329,7 @@ def degrade(
     if deviation > 0:
         k = len(gt)
         field = rng.normal(0, deviation, (k, 1, 4, 4, 2)) + rng.normal(0, deviation / 3, (k, bands, 4, 4, 2))
-        seen = warp(gt, torch.from_numpy(field).float())
+        seen = warp(gt, torch.from_numpy(field).to(gt))
     mtf = np.clip(rng.uniform(0.22, 0.4) * log_uniform(rng, 0.88, 1.13, bands), 0.2, 0.45)
     low_size = (height // ratio, width // ratio)
     true = torch.from_numpy(d)
@@ -340,7 +342,11 @@ def degrade(
     # Noise and bits.
     for image in (ms, pan):
         strength = float(rng.uniform(0, 0.02)) * (2 if rng.random() < 0.15 else 1)
-        image.add_(strength * image.std((0, 2, 3), keepdim=True) * torch.randn(image.shape, generator=noise))
+        image.add_(
+            strength
+            * image.std((0, 2, 3), keepdim=True)
+            * torch.randn(image.shape, generator=noise, device=image.device)
+        )
     if rng.random() < 0.75:
         levels = float(log_uniform(rng, 12, 2000))  # digital numbers a standard deviation
         for image in (ms, pan):
@@ -370,10 +376,18 @@ PAIRS = {
 }
 
 
-def pair_scene(imagery: Path, name: str, rng: np.random.Generator, bands: list[int] | None, ratio: int) -> Scene:
+def pair_scene(
+    imagery: Path,
+    name: str,
+    rng: np.random.Generator,
+    bands: list[int] | None,
+    ratio: int,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    images: int = 4,
+) -> Scene:
     """A real pair at reduced resolution: MS is the truth, moved to where PAN lies; PAN is reduced to its grid."""
     _, finer, displacement = PAIRS[name]
-    pan, ms = (image[None].double() for image in _pair_images(imagery, name))
+    pan, ms = (image[None].to(device).double() for image in _pair_images(imagery, name))
     d = torch.tensor(displacement)
     if bands is not None:
         ms, d = ms[:, bands], d[bands]
@@ -382,7 +396,7 @@ def pair_scene(imagery: Path, name: str, rng: np.random.Generator, bands: list[i
     pan = observe(pan, (ms.shape[2], ms.shape[3]), gains=[gain], ratio=finer, d=centre[None])
     gt = move(ms, (centre - d) / finer).float()
     side = min(160, *gt.shape[2:]) // math.lcm(ratio, 4) * math.lcm(ratio, 4)
-    corners = [[int(rng.integers(4, extent - side - 3)) for extent in gt.shape[2:]] for _ in range(4)]
+    corners = [[int(rng.integers(4, extent - side - 3)) for extent in gt.shape[2:]] for _ in range(images)]
 
     def windows(x: Tensor) -> Tensor:
         return torch.cat([x[..., y : y + side, x0 : x0 + side] for y, x0 in corners])
@@ -403,8 +417,8 @@ def make_scene(
         )
 
 
-def patches(scene: Scene, rng: np.random.Generator, share: float = 1.0) -> dict[str, np.ndarray]:
-    """Crops of PATCH pixels of everything the training needs, as half-precision arrays."""
+def patches(scene: Scene, rng: np.random.Generator, share: float = 1.0) -> dict[str, Tensor]:
+    """Crops of PATCH pixels of everything the training needs, in half precision."""
     inputs, target = scene.inputs()
     h, w = scene.pan.shape[2:]
     count = max(1, round(share * (h / PATCH) * (w / PATCH)))
@@ -422,38 +436,56 @@ def patches(scene: Scene, rng: np.random.Generator, share: float = 1.0) -> dict[
                 ("target", target[whole]),
             ):
                 rows[name].append(value)
-    return {name: torch.stack(values).clamp(-1e4, 1e4).half().numpy() for name, values in rows.items()}
+    return {name: torch.stack(values).clamp(-1e4, 1e4).half() for name, values in rows.items()}
 
 
 _pair_images = functools.cache(pair_images)
 
 
 @functools.cache
-def _places(imagery: Path, split: str) -> list[list[Tensor]]:
-    return groups(imagery, split)
+def _places(imagery: Path, split: str, device: torch.device) -> list[list[Tensor]]:
+    return [[image.to(device) for image in place] for place in groups(imagery, split)]
 
 
-def make_shard(job: tuple[Path, Path, str, int, int, float]) -> None:
-    """Patches of scene `number`."""
-    imagery, out, split, number, seed, shanghai = job
-    torch.set_num_threads(1)
-    done = out / f"{split}-{number:04d}.npz"
-    if done.exists():
-        return
+def simulated(
+    imagery: Path,
+    split: str,
+    number: int,
+    seed: int,
+    shanghai: float = 0.0,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    images: int = 4,
+) -> dict[str, Tensor]:
+    """Patches of scene `number` of a split, of up to so many images; the same each time on one kind of device."""
     # Scenes of the same number are the same at each of the displacements that stand in the splits' names.
     wrong = DISPLACED.get(split)
     rng = np.random.default_rng([seed, {"train": 0, "valid": 1, "pair": 3}.get(split, 4), number])
     share = rng.random()
-    if split == "pair" or (split == "train" and share < shanghai):
-        chosen = [None, [1, 2, 4, 6], [4, 2, 1]][rng.choice(3, p=[0.5, 0.4, 0.1])]
-        scene = pair_scene(imagery, "shanghai", rng, chosen, int(rng.choice([2, 3, 4], p=[0.1, 0.1, 0.8])))
-    elif split == "train" and share > 0.98:
-        scene = pair_scene(imagery, "landsat", rng, None, int(rng.choice([2, 3, 4], p=[0.5, 0.1, 0.4])))
-    else:
-        scene = make_scene(_places(imagery, "train" if split == "train" else "valid"), rng, wrong=wrong)
+    with torch.no_grad():
+        if split == "pair" or (split == "train" and share < shanghai):
+            chosen = [None, [1, 2, 4, 6], [4, 2, 1]][rng.choice(3, p=[0.5, 0.4, 0.1])]
+            ratio = int(rng.choice([2, 3, 4], p=[0.1, 0.1, 0.8]))
+            scene = pair_scene(imagery, "shanghai", rng, chosen, ratio, device, images)
+        elif split == "train" and share > 0.98:
+            ratio = int(rng.choice([2, 3, 4], p=[0.5, 0.1, 0.4]))
+            scene = pair_scene(imagery, "landsat", rng, None, ratio, device, images)
+        else:
+            places = _places(imagery, "train" if split == "train" else "valid", device)
+            scene = make_scene(places, rng, images, wrong)
+        return patches(scene, rng, 0.5 if split == "train" else 0.25)
+
+
+def make_shard(job: tuple[Path, Path, str, int, int, float]) -> None:
+    """Patches of a scene in a file."""
+    imagery, out, split, number, *rest = job
+    torch.set_num_threads(1)
+    done = out / f"{split}-{number:04d}.npz"
+    if done.exists():
+        return
+    rows = simulated(imagery, split, number, *rest)
     part = done.with_suffix(".part")
     with open(part, "wb") as file:
-        np.savez(file, **patches(scene, rng, 0.5 if split == "train" else 0.25))
+        np.savez(file, **{name: values.numpy() for name, values in rows.items()})
     part.rename(done)
 
 
@@ -505,7 +537,7 @@ def main() -> None:
         default=0.0,
         help="share of training scenes from the WorldView-3 pair (CC BY-SA 4.0); with 1 nothing else is made",
     )
-    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--report", action="store_true", help="print the simulated distribution and stop")
     parser.add_argument("--pack", type=Path, help="put the images into this file and stop")
     parser.add_argument("--quality", type=int, default=95, help="of the packed images' JPEG")
@@ -519,8 +551,6 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     few = math.ceil(0.4 * arguments.held_out)
     counts = {"valid": arguments.held_out, "pair": few, **dict.fromkeys(DISPLACED, few), "train": arguments.scenes}
-    if arguments.shanghai == 1:
-        counts = {"train": arguments.scenes}
     jobs = [
         (arguments.imagery, arguments.out, split, i, arguments.seed, arguments.shanghai)
         for split, count in counts.items()

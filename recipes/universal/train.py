@@ -1,10 +1,12 @@
 """Train `universal` on packed scenes: resumable, a checkpoint every so often, the moving average validated.
 
     python recipes/universal/train.py PACKED RUN --steps N
-    python recipes/universal/train.py PACKED RUN --minutes M --device cuda --maps 512 --rate 3e-3 --every 30
+    python recipes/universal/train.py IMAGES.npz RUN --minutes M --device cuda --maps 512 --rate 3e-3 --every 30
 
+PACKED is a folder of scenes from `simulate.py`; those that appear while it runs are taken in. IMAGES.npz, made by
+`simulate.py --pack`, is simulated here, on the device, as training goes on: what fits a GPU.
 The learning rate follows a cosine over --steps, or over --minutes of training in all; a run that was stopped goes on by
-the same command. Shards that appear while it runs are taken in, so that `simulate.py` may run beside it.
+the same command.
 RUN/last.pt holds everything; RUN/universal.safetensors the moving average of the weights.
 """
 
@@ -18,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import simulate
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,8 +50,12 @@ class Shards:
     They are drawn with a weight exp(tilt * slope), which moves the distribution of slopes without making other data.
     """
 
-    def __init__(self, folders: list[Path], split: str, device: torch.device, tilt: float = 0.0) -> None:
-        self.folders, self.split, self.device, self.tilt = folders, split, device, tilt
+    #: Bands of patches that are kept; beyond them new ones take the place of the oldest of their group.
+    room = 1 << 62
+
+    def __init__(self, folder: Path, split: str, device: torch.device, tilt: float = 0.0) -> None:
+        self.folder, self.split, self.device, self.tilt = folder, split, device, tilt
+        self.cursors: dict[int, int] = {}
         self.read = set[Path]()
         self.groups: dict[int, dict[str, Tensor]] = {}  # with room at the end
         self.counts: dict[int, int] = {}
@@ -65,8 +72,7 @@ class Shards:
                 for rows in self._coming.result():
                     self._append(rows)
                     taken += 1
-            found = [path for folder in self.folders for path in sorted(folder.glob(f"{self.split}-*.npz"))]
-            fresh = [path for path in found if path not in self.read][:50]
+            fresh = [path for path in sorted(self.folder.glob(f"{self.split}-*.npz")) if path not in self.read][:50]
             self.read.update(fresh)
             self._coming = self._reader.submit(self._files, fresh) if fresh else None
             if self._coming is None:
@@ -84,17 +90,23 @@ class Shards:
     def _append(self, rows: dict[str, Tensor]) -> None:
         bands = rows["details"].shape[1]
         rows = {name: value.to(self.device) for name, value in rows.items()}
-        count, new = self.counts.get(bands, 0), len(rows["target"])
+        found = slopes(rows).cpu().numpy() if self.tilt else np.ones(len(rows["target"]))
+        count, new = self.counts.get(bands, 0), len(found)
         group = self.groups.setdefault(bands, {name: value[:0] for name, value in rows.items()})
+        if sum(each * number for each, number in self.counts.items()) > self.room and count >= new:
+            start = self.cursors.get(bands, 0)
+            start = 0 if start + new > count else start
+            self.cursors[bands] = start + new
+        else:
+            start, self.counts[bands] = count, count + new
+            self.slopes[bands] = np.concatenate([self.slopes.get(bands, np.empty(0)), found])
         for name, value in rows.items():
-            if len(group[name]) < count + new:
-                longer = value.new_empty(max(2 * count, count + new), *value.shape[1:])
+            if len(group[name]) < start + new:
+                longer = value.new_empty(max(2 * count, start + new), *value.shape[1:])
                 longer[:count] = group[name][:count]
                 group[name] = longer
-            group[name][count : count + new] = value
-        self.counts[bands] = count + new
-        found = slopes(rows).cpu().numpy() if self.tilt else np.ones(new)
-        self.slopes[bands] = np.concatenate([self.slopes.get(bands, np.empty(0)), found])
+            group[name][start : start + new] = value
+        self.slopes[bands][start : start + new] = found
 
     def weights(self, bands: int) -> np.ndarray:
         return np.exp(self.tilt * (np.clip(self.slopes[bands], 0.6, 1.5) - 1))
@@ -115,6 +127,28 @@ class Shards:
             for start in range(0, self.counts[bands], size):
                 stop = min(start + size, self.counts[bands])
                 yield unpack({name: values[start:stop] for name, values in group.items()})
+
+
+class Simulated(Shards):
+    """Scenes made here, one at each `load`; held-out ones all at the start."""
+
+    room = 80_000
+
+    def __init__(
+        self, images: Path, split: str, device: torch.device, tilt: float, seed: int, shanghai: float, first: int
+    ) -> None:
+        self.options = images, split, seed, shanghai, first
+        super().__init__(images, split, device, tilt)
+
+    def load(self, wait: bool = True) -> int:
+        images, split, seed, shanghai, first = self.options
+        count = 1 if self.read or split == "train" else first
+        for _ in range(count):
+            number = len(self.read)
+            many = 16 if split == "train" else 4
+            self._append(simulate.simulated(images, split, number, seed, shanghai, self.device, many))
+            self.read.add(Path(str(number)))
+        return count
 
 
 def unpack(rows: dict[str, Tensor], flip_y: int = 0, flip_x: int = 0, transpose: int = 0) -> tuple[Inputs, Tensor]:
@@ -180,9 +214,10 @@ def validate(model: Universal, shards: Shards) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("packed", type=Path)
+    parser.add_argument("packed", type=Path, help="folder of scenes, or file of images to simulate them from")
     parser.add_argument("run", type=Path)
-    parser.add_argument("--also", type=Path, nargs="*", default=[], help="folders of more training scenes")
+    parser.add_argument("--scene-every", type=int, default=6, help="steps from one simulated scene to the next")
+    parser.add_argument("--shanghai", type=float, default=0.0, help="share of simulated scenes from that pair")
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int)
     length.add_argument("--minutes", type=float, help="of training in all, over several runs of this command")
@@ -245,9 +280,15 @@ def main() -> None:
         facts = {"step": step, "steps": arguments.steps, "seconds": round(trained)}
         save_model(arguments.run / "universal.safetensors", average.eval(), facts)
 
-    train = Shards([arguments.packed, *arguments.also], "train", device, arguments.tilt)
+    def scenes(split: str, tilt: float = 0.0, first: int = 16) -> Shards:
+        if arguments.packed.is_dir():
+            return Shards(arguments.packed, split, device, tilt)
+        return Simulated(arguments.packed, split, device, tilt, simulate.SEED + step, arguments.shanghai, first)
+
+    train = scenes("train", arguments.tilt)
     while len(train.read) < arguments.wait:
-        time.sleep(1)
+        if arguments.packed.is_dir():
+            time.sleep(1)
         train.load()
     if arguments.tilt:
         found, weights = (
@@ -256,7 +297,9 @@ def main() -> None:
         order = np.argsort(found)
         place = np.searchsorted(np.cumsum(weights[order]) / weights.sum(), [0.1, 0.5, 0.9])
         print("slopes as drawn, 10, 50, 90 %:", " ".join(f"{found[order][i]:.2f}" for i in place), flush=True)
-    held_out = {split: Shards([arguments.packed], split, device) for split in HELD_OUT}
+    began, step = step, 0  # held-out scenes are the same in every run
+    held_out = {split: scenes(split, first=40 if split == "valid" else 16) for split in HELD_OUT}
+    step = began
     total, seen, turn, started, saved, spoken = torch.zeros((), device=device), 0, 0, trained, trained, step
     clock = time.monotonic()
 
@@ -282,23 +325,26 @@ def main() -> None:
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
         total, seen = total + loss.detach(), seen + 1
+        if isinstance(train, Simulated) and seen % arguments.scene_every == 0:
+            train.load()
         if seen % 50 == 0:
             mean = float(total) / 50  # waits for the device, so that `trained` counts what it did
             total.zero_()
             if step - spoken >= (500 if device.type == "cuda" else 50):
                 print(f"step {step}  {trained:.0f} s  loss {mean:.4f}  rate {rate:.5f}", flush=True)
                 spoken = step
-            if device.type == "cuda":
+            if device.type == "cuda" and not isinstance(train, Simulated):
                 train.load(wait=False)
         now = time.monotonic()
         trained, clock = trained + now - clock, now
         done = progress() >= 1 or step >= arguments.stop
         if trained - saved > arguments.every or done:
             save()
-            saved, turn, new = trained, turn + 1, train.load(wait=device.type != "cuda")
+            train.load(wait=device.type != "cuda")
+            saved, turn = trained, turn + 1
             if turn % 3 and not done:
                 continue
-            print(f"step {step}  minutes {(saved - started) / 60:.1f}  new shards {new}", flush=True)
+            print(f"step {step}  minutes {(saved - started) / 60:.1f}  scenes {len(train.read)}", flush=True)
             for split, shards in held_out.items():
                 if shards.groups:
                     scores = "  ".join(f"{name} {value:.4f}" for name, value in validate(average, shards).items())
