@@ -63,7 +63,7 @@ def test_patches(simulate):
     assert rows["details"].shape[1:] == (4, 5, 64, 64)
     assert rows["bands"].shape[1:] == (4, 3, 32, 32)
     assert {len(values) for values in rows.values()} == {len(rows["target"])}
-    assert all(values.dtype == np.float16 for values in rows.values())
+    assert all(values.dtype == torch.float16 for values in rows.values())
 
 
 def test_training_goes_on(simulate, tmp_path):
