@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..data.grid import check_pair
 from ..nn import Conv3x3, FrequencyAttention, WaveletAttention
-from ..nn.convolution import norm_silu_conv, two_convolutions
+from ..nn.convolution import group_normed, norm_silu_conv, two_convolutions
 from ..nn.fused import fused
 from ..nn.plain import hooked, is_plain
 from ..options import PREDICTIONS, check_fields, expect
@@ -196,7 +196,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(batch, _HEADS, 3 * (channels // _HEADS), height * width)
+        qkv = self.qkv(group_normed(self.norm, x)).reshape(batch, _HEADS, 3 * (channels // _HEADS), height * width)
         q, k, v = qkv.transpose(2, 3).contiguous().chunk(3, -1)  # fused kernels want a head's channels side by side
         y = F.scaled_dot_product_attention(q, k, v, scale=channels**-0.5)
         return self.out(y.transpose(2, 3).reshape(batch, channels, height, width)) + x
@@ -384,6 +384,8 @@ class _FSA(nn.Module):
         self.final_conv = _Block(channels, self.heads * config.bands, config.norm_groups)
         for parameter in self.final_conv.block[3].parameters():
             nn.init.zeros_(parameter)  # a fresh network's residual is 0: it sharpens to lms
+        # Features follow: GPUs norm and convolve them faster, CPUs as fast.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def multiple(self) -> int:

@@ -130,12 +130,22 @@ def two_convolutions(
     return _finished(second[-1], hidden, None, shortcut(x))
 
 
+def group_normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x) of an `nn.GroupNorm` or what stands in its place."""
+    return normalised(norm, x, silu=False) if is_plain(norm, nn.GroupNorm) and gpu_inference(x) else norm(x)
+
+
 def normalised(
-    norm: Any, x: Tensor, *, offset: Tensor | None = None, modulation: tuple[Tensor, Tensor] | None = None
+    norm: Any,
+    x: Tensor,
+    *,
+    offset: Tensor | None = None,
+    modulation: tuple[Tensor, Tensor] | None = None,
+    silu: bool = True,
 ) -> Tensor:
     """silu(norm(x + offset)·(1 + scale) + shift) by the operators; norm: a plain `nn.GroupNorm` or `LayerNorm`."""
     scale, shift = modulation or (None, None)
-    options: Any = {"offset": offset, "scale": scale, "shift": shift, "silu": True}
+    options: Any = {"offset": offset, "scale": scale, "shift": shift, "silu": silu}
     if isinstance(norm, nn.GroupNorm):
         return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, **options)
     return ops.layer_norm(x, norm.weight, norm.bias, **options)

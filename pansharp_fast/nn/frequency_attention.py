@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import frequency_attention
-from .convolution import Conv3x3
+from .convolution import Conv3x3, group_normed
 from .fused import conv_silu_conv, fused, normalized, pixels, pointwise
 from .plain import hooked, is_plain, is_plain_conv, layers_of
 
@@ -133,7 +133,7 @@ class FrequencyAttention(ChannelAttentionTail):
             pixels(out).baddbmm_(attended.flatten(2).transpose(1, 2), matrix)
             del attended, x
             return self.finish_fused(out)
-        x = self.prenorm_x(x)
+        x = group_normed(self.prenorm_x, x)
         q, k, v = self.qkv(x).chunk(3, dim=1)
         return self.finish(frequency_attention(q, k, v, num_heads=self.nheads), x)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .convolution import group_normed
 from .frequency_attention import ChannelAttentionTail, depthwise_then_pointwise
 from .fused import channels_at_once, fused, normalized, pixels, strips
 
@@ -93,7 +94,7 @@ class WaveletAttention(ChannelAttentionTail):
                 return self._finish_strips(x, prepared, partial(_values, local, point))
             keys, values = (each.contiguous(memory_format=torch.channels_last) for each in prepared)
             return self._cross(x, [keys], lambda image, rows: values[image, :, rows])
-        x = self.prenorm_x(x)
+        x = group_normed(self.prenorm_x, x)
         if isinstance(prepared, Tensor):
             context, v = prepared, self.v(x).softmax(dim=-1)
         else:

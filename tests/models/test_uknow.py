@@ -293,7 +293,7 @@ def test_other_dtypes(cls, dtype, share):
 @needs_interpreter
 def test_student_by_the_passes_of_gpus():
     """Features follow the layout of the weights; in channels_last norms and sums run by the Triton kernels."""
-    model = FSAStudent(FSAConfig.preset("tiny", bands=4, teacher=False)).eval().to(memory_format=torch.channels_last)
+    model = FSAStudent(FSAConfig.preset("tiny", bands=4, teacher=False)).eval()
     torch.nn.init.normal_(model.final_conv.block[3].weight, std=0.1)  # zero in a fresh network
     x, time = torch.randn(2, 4, 12, 16), torch.tensor([3, 400])
     with torch.no_grad():
