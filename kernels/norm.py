@@ -8,6 +8,8 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -66,33 +68,32 @@ def _factors_kernel(
     moments += image * shares * 2 * channels
     offset += image * offset_stride
     count = pixels * (size * 1.0)
-    mean = 0.0
-    spread = 0.0
-    for turn in tl.static_range(2):  # the mean first, then deviations from it
-        sums = tl.zeros((BS, BC), tl.float32)
-        s0 = 0
-        while s0 < shares:
-            s = s0 + tl.arange(0, BS)
-            n = tl.minimum(share, pixels - s * share).to(tl.float32)[:, None]
-            c0 = 0
-            while c0 < size:
-                c = c0 + tl.arange(0, BC)
-                mask = (s < shares)[:, None] & (c < size)[None, :]
-                at = moments + s.to(tl.int64)[:, None] * (2 * channels) + (begin + c)[None, :]
-                value = tl.load(at, mask=mask, other=0.0)
-                if OFFSET:
-                    value += tl.load(offset + begin + c, mask=c < size, other=0.0).to(tl.float32)[None, :]
-                if turn == 0:
-                    sums += tl.where(mask, n * value, 0.0)
-                else:
-                    far = value - mean
-                    sums += tl.where(mask, tl.load(at + channels, mask=mask, other=0.0) + n * far * far, 0.0)
-                c0 += BC
-            s0 += BS
-        if turn == 0:
-            mean = tl.sum(sums) / count
-        else:
-            spread = tl.sum(sums) / count
+    # Deviations from one channel's mean over the first share: they are hardly larger than those within the group.
+    pivot = tl.load(moments + begin)
+    if OFFSET:
+        pivot += tl.load(offset + begin).to(tl.float32)
+    sums = tl.zeros((BS, BC), tl.float32)
+    squares = tl.zeros((BS, BC), tl.float32)
+    s0 = 0
+    while s0 < shares:
+        s = s0 + tl.arange(0, BS)
+        n = tl.minimum(share, pixels - s * share).to(tl.float32)[:, None]
+        c0 = 0
+        while c0 < size:
+            c = c0 + tl.arange(0, BC)
+            mask = (s < shares)[:, None] & (c < size)[None, :]
+            at = moments + s.to(tl.int64)[:, None] * (2 * channels) + (begin + c)[None, :]
+            far = tl.load(at, mask=mask, other=0.0) - pivot
+            within = tl.load(at + channels, mask=mask, other=0.0)
+            if OFFSET:
+                far += tl.load(offset + begin + c, mask=c < size, other=0.0).to(tl.float32)[None, :]
+            sums += tl.where(mask, n * far, 0.0)
+            squares += tl.where(mask, within + n * far * far, 0.0)
+            c0 += BC
+        s0 += BS
+    far = tl.sum(sums) / count
+    mean = pivot + far
+    spread = tl.maximum(tl.sum(squares) / count - far * far, 0.0)
     slope = 1.0 / tl.sqrt(spread + eps)
     c0 = 0
     while c0 < size:
@@ -245,6 +246,53 @@ def _sum_kernel(
     tl.store(y + (image * pixels + p)[:, None] * channels + c[None, :], value.to(y.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _join_kernel(
+    x, bias, a, b, d, impulse, y, x_channels, a_channels, b_channels, d_channels, channels, pixels, tiles, blocks,
+    x_image, x_pixel, a_image, a_pixel, a_channel, b_image, b_pixel, b_channel, d_image, d_pixel, d_channel,
+    BIAS: tl.constexpr, COUNT: tl.constexpr, ONE: tl.constexpr, IMPULSE: tl.constexpr, BP: tl.constexpr,
+    BC: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Programs along axis 1: `blocks` for the channels of x, the last one for all others."""
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    p = (tl.program_id(0) % tiles * BP + tl.arange(0, BP)).to(tl.int64)
+    within = (p < pixels)[:, None]
+    to = y + (image * pixels + p)[:, None] * channels
+    if tl.program_id(1) < blocks:
+        c = tl.program_id(1) * BC + tl.arange(0, BC)
+        mask = within & (c < x_channels)[None, :]
+        value = tl.load(x + image * x_image + (p * x_pixel)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        if BIAS:
+            value += tl.load(bias + c, mask=c < x_channels, other=0.0).to(tl.float32)[None, :]
+        tl.store(to + c[None, :], value.to(y.dtype.element_ty), mask=mask)
+    else:
+        t = tl.arange(0, BT)
+        tail = tl.zeros((BP, BT), tl.float32)
+        first = 0
+        if COUNT > 0:
+            tail += _columns(a + image * a_image, p, t, within, a_channels, a_pixel, a_channel)
+            first += a_channels
+        if COUNT > 1:
+            tail += _columns(b + image * b_image, p, t - first, within, b_channels, b_pixel, b_channel)
+            first += b_channels
+        if COUNT > 2:
+            tail += _columns(d + image * d_image, p, t - first, within, d_channels, d_pixel, d_channel)
+            first += d_channels
+        if ONE:
+            tail += tl.where((t == first)[None, :] & within, 1.0, 0.0)
+        if IMPULSE:
+            middle = (p == pixels // 2)[:, None] & (t == first)[None, :]
+            tail += tl.where(middle, tl.load(impulse + image).to(tl.float32), 0.0)
+        real = within & (t < channels - x_channels)[None, :]
+        tl.store(to + x_channels + t[None, :], tail.to(y.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _columns(x, p, c, within, channels, pixel, channel):
+    mask = within & ((c >= 0) & (c < channels))[None, :]
+    return tl.load(x + (p * pixel)[:, None] + c.to(tl.int64)[None, :] * channel, mask=mask, other=0.0).to(tl.float32)
+
+
 def _flat(x: Tensor) -> tuple[Tensor, int, int]:
     """x with channels side by side and pixels evenly spaced, and the strides of images and pixels."""
     _, channels, height, width = x.shape
@@ -326,10 +374,10 @@ def norm_fwd(
     _moments_kernel[(batch * shares, blocks)](
         x, moments, channels, pixels, share, shares, *strides, BP=height, BC=columns
     )
-    wide = min(64, triton.next_power_of_2(size))
+    wide = min(128, triton.next_power_of_2(size))
     _factors_kernel[(batch, groups)](
         moments, *vectors, factors, channels, pixels, share, shares, size, eps, *rows[2:],
-        BS=min(_TILE // wide, 512), BC=wide, **flags,
+        BS=min(_TILE // wide, triton.next_power_of_2(shares)), BC=wide, **flags,
     )  # fmt: skip
     _apply_kernel[(batch * tiles, blocks)](
         x, y, factors, channels, pixels, tiles, *strides, SILU=silu, BP=height, BC=columns
@@ -365,5 +413,36 @@ def gated_sum_fwd(
         *maps, y, *vectors, channels, pixels, tiles, *strides, *rows[2:], SECOND=b is not None,
         BIAS_A=bias_a is not None, BIAS_B=bias_b is not None, GATE_A=gate_a is not None, GATE_B=gate_b is not None,
         BP=height, BC=columns,
+    )  # fmt: skip
+    return y
+
+
+def join_fwd(
+    x: Tensor, others: Sequence[Tensor], bias: Tensor | None, impulse: Tensor | None, channels: int, one: bool
+) -> Tensor:
+    """Schema of `pansharp_fast::join_fwd`."""
+    batch, x_channels, height, width = x.shape
+    pixels = height * width
+    y = x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
+    if not y.numel():
+        return y
+    x, *strides = _flat(x)
+    maps, counts = [], []
+    for other in others:
+        if height > 1 and width > 1 and other.stride(2) != width * other.stride(3):
+            other = other.contiguous()
+        maps.append(other)
+        counts.append(other.shape[1])
+        strides += other.stride(0), other.stride(3) if width > 1 else other.stride(2), other.stride(1)
+    missing = 3 - len(maps)
+    (bias_, impulse_), _ = _rows(x, bias, impulse)
+    columns = _block(x_channels)
+    tail = triton.next_power_of_2(max(channels - x_channels, 1))
+    rows = max(1, _TILE // max(columns, tail))
+    tiles, blocks = triton.cdiv(pixels, rows), triton.cdiv(x_channels, columns)
+    _join_kernel[(batch * tiles, blocks + (channels > x_channels))](
+        x, bias_, *maps, *[x] * missing, impulse_, y, x_channels, *counts, *[0] * missing, channels, pixels, tiles,
+        blocks, *strides, *[0] * (3 * missing), BIAS=bias is not None, COUNT=len(maps), ONE=one,
+        IMPULSE=impulse is not None, BP=rows, BC=columns, BT=tail,
     )  # fmt: skip
     return y

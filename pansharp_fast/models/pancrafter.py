@@ -18,7 +18,7 @@ from ..data.grid import RATIO, check_pair
 from ..nn.cm3a import CM3A
 from ..nn.convolution import Conv3x3, LayerNorm, gpu_inference, joined_conv, mlp, norm_silu_conv, two_convolutions
 from ..nn.plain import hooked, is_plain, is_plain_conv, layers_of
-from ..ops import gated_sum
+from ..ops import gated_sum, join
 from ..options import ATTENTION_KEYS, NEIGHBOURS, check_fields, expect
 
 #: Values of `mode`: which image the network reconstructs.
@@ -276,6 +276,14 @@ class Up(nn.Module):
         return self.conv(x)
 
 
+def _beside(up: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+    """The channels of up(x), then those of skip."""
+    if isinstance(up, Up) and is_plain(up, Up) and is_plain(up.conv, nn.ConvTranspose2d) and gpu_inference(x):
+        y = F.conv_transpose2d(x, up.conv.weight, stride=2)
+        return join(y, skip, bias=up.conv.bias)
+    return torch.cat([up(x), skip], 1)
+
+
 def resize(x: Tensor, factor: float) -> Tensor:
     """Bicubic resize by `factor` without antialiasing, pixel areas aligned (`torch.nn.functional.interpolate`)."""
     return x if factor == 1 else F.interpolate(x, scale_factor=factor, mode="bicubic")
@@ -371,7 +379,7 @@ class PANCrafter(nn.Module):
             x = self.get_submodule(f"down{scale + 1}")(x)
         x = run("middle", f"cond{bottom + 1}", x, bottom)
         for scale in reversed(range(bottom)):
-            x = torch.cat([self.get_submodule(f"up{scale + 1}")(x), skips[scale]], 1)
+            x = _beside(self.get_submodule(f"up{scale + 1}"), x, skips[scale])
             x = run(f"decoder{scale + 1}", f"cond{scale + 1}_d", x, scale)
         x = norm_silu_conv(self.output, x)
         return F.pixel_shuffle(x, config.stem_stride) if config.stem_stride > 1 else x

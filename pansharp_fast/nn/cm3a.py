@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops.cm3a import cm3a
 from ..options import ATTENTION_KEYS, NEIGHBOURS, expect
-from .convolution import Conv3x3, gpu_inference, joined_conv
+from .convolution import Conv3x3, joined_conv, joined_convs
 from .plain import is_plain_conv
 
 
@@ -101,7 +101,7 @@ class CM3A(nn.Module):
         v_pan = (
             joined_conv(self.v_pan, x, lpan, pan, pan - lpan) if self.pan_detail else joined_conv(self.v_pan, x, lpan)
         )
-        k_ms, v_ms = self._keys_and_values(x, ms)
+        k_ms, v_ms = joined_convs(self.kv_ms, 2, x, ms)
         if self.attention_keys == "released":
             k_pan, k_ms = k_ms, transposed_keys(k_ms, self.num_heads)
         else:
@@ -113,16 +113,6 @@ class CM3A(nn.Module):
             weight = self.dep_conv.weight.view(self.head_dim, self.ka**2, self.ka, self.ka)
             bias = self.dep_conv.bias.view(self.head_dim, self.ka**2)  # type: ignore[union-attr]
         return cm3a(q, k_pan, v_pan, k_ms, v_ms, weight, bias, num_heads=self.num_heads, window=self.ka)
-
-    def _keys_and_values(self, x: Tensor, ms: Tensor) -> tuple[Tensor, Tensor]:
-        conv = self.kv_ms
-        if gpu_inference(x) and isinstance(conv, nn.Conv2d) and is_plain_conv(conv, conv.kernel_size[0], bias=True):
-            # PyTorch adds a bias in a pass of its own there: this one gives either a memory of its own, too.
-            halves = joined_conv(conv, x, ms, bias=False).chunk(2, 1)
-            biases = conv.bias[:, None, None].to(halves[0].dtype).chunk(2)  # type: ignore[index]
-            return halves[0] + biases[0], halves[1] + biases[1]
-        keys, values = joined_conv(conv, x, ms).chunk(2, 1)
-        return keys, values
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One branch by calls of `dep_conv`, for one that users changed; all neighbours stand in memory."""

@@ -201,30 +201,35 @@ def joined(x: Tensor, *others: Tensor) -> Tensor:
     return torch.cat([tensor.permute(0, 2, 3, 1) for tensor in (x, *others)], 3).permute(0, 3, 1, 2)
 
 
-def joined_conv(conv: nn.Conv2d, x: Tensor, *others: Tensor, bias: bool = True) -> Tensor:
-    """conv of `joined(x, *others)`, with its bias or without.
-
-    The others are cast to x's dtype. On GPUs zeros fill the channels up to a multiple of 8: others are slow there.
+def joined_conv(conv: nn.Conv2d, x: Tensor, *others: Tensor) -> Tensor:
+    """conv of `joined(x, *others)`, the others cast to x's dtype.
 
     Args:
-        conv: 3x3 or 1x1, stride 1; without its bias it must be plain.
-        x: [B, C, H, W].
-        others: [B, _, H, W].
-        bias: whether to add the bias.
+        conv: stride 1, a border of zeros that keeps the size.
+        x: [B, C, H, W]. others: up to three [B, _, H, W].
     """
-    others = tuple(other.to(x.dtype) for other in others)
-    size = conv.kernel_size[0] if isinstance(conv, nn.Conv2d) else 0
-    missing = -conv.in_channels % 8 if size and is_plain_conv(conv, int(size)) else 0
-    if missing and x.is_cuda and conv.weight.is_contiguous(memory_format=torch.channels_last):
+    (result,) = joined_convs(conv, 1, x, *others)
+    return result
+
+
+def joined_convs(conv: nn.Conv2d, parts: int, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The result of `joined_conv` as so many equal parts of its channels."""
+    size = int(conv.kernel_size[0]) if isinstance(conv, nn.Conv2d) else 0
+    plain = size > 0 and is_plain_conv(conv, size)
+    if plain and x.is_cuda and conv.weight.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
+    if not (plain and gpu_inference(x)):
+        return conv(joined(x, *(other.to(x.dtype) for other in others))).chunk(parts, 1)
+    # Zeros fill the channels up to a multiple of 8, what tensor cores want. PyTorch would add the bias in a pass of its
+    # own: in 16 bits it is the weight of a channel of ones (float32 would round it to TF32).
+    fold = conv.bias is not None and x.dtype != torch.float32
+    channels = -(-(conv.in_channels + fold) // 8) * 8
+    inputs = ops.join(x, *others, one=fold, channels=channels)
     weight = conv.weight
-    if missing and gpu_inference(x):
-        zero = x.new_zeros(1, 1, 1, 1)
-        weight = joined(weight, zero.expand(weight.shape[0], missing, *weight.shape[2:]))
-        others += (zero.expand(x.shape[0], missing, *x.shape[2:]),)
-    elif bias:
-        return conv(joined(x, *others))
-    return F.conv2d(joined(x, *others), weight, conv.bias if bias else None, padding=int(size) // 2)
+    if channels > conv.in_channels:
+        weight = ops.join(weight, impulse=conv.bias if fold else None, channels=channels)
+    biases = [None] * parts if fold or conv.bias is None else conv.bias.chunk(parts)
+    return tuple(F.conv2d(inputs, w, b, padding=size // 2) for w, b in zip(weight.chunk(parts), biases, strict=True))
 
 
 def mlp(first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from ._backends import BACKENDS, OPERATORS, BackendError, Operator, Support, exp
 from .cm3a import cm3a
 from .convolution import conv3x3, group_norm_factors
 from .frequency_attention import frequency_attention
-from .norm import gated_sum, group_norm, layer_norm
+from .norm import gated_sum, group_norm, join, layer_norm
 from .wavelet import dwt2, idwt2, iswt2, swt2, wavedec2, waverec2
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "group_norm_factors",
     "idwt2",
     "iswt2",
+    "join",
     "layer_norm",
     "select",
     "swt2",

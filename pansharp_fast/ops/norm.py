@@ -140,6 +140,54 @@ def gated_sum(
     return torch.ops.pansharp_fast.gated_sum_fwd_triton(x, a, b, bias_a, bias_b, gate_a, gate_b)
 
 
+def join(
+    x: Tensor,
+    *others: Tensor,
+    bias: Tensor | None = None,
+    one: bool = False,
+    impulse: Tensor | None = None,
+    channels: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Channels of maps side by side: x + bias, others, then a channel of ones or an impulse, then zeros.
+
+    A convolution of maps with ones by weights with an impulse of the bias, both of the same odd kernel size, adds the
+    bias without a pass of its own.
+
+    Args:
+        x: [B, C, H, W] as for `group_norm`.
+        others: up to three [B, _, H, W] of any floating dtype, cast to that of x.
+        bias: [C].
+        one: whether a channel of ones follows.
+        impulse: [B], the value at the middle pixel of a channel that is 0 elsewhere; not together with one.
+        channels: of the result, zeros at the end; None: no zeros.
+        backend: name of a backend, "auto" or None (see `pansharp_fast.ops.select`).
+
+    Returns:
+        [B, channels, H, W] of x's dtype; kernels give channels_last.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        BackendError: the backend asked for cannot run the call.
+    """
+    _check_image(x)
+    for other in others:
+        if other.dim() != 4 or other.shape[:1] + other.shape[2:] != x.shape[:1] + x.shape[2:]:
+            raise ValueError(f"others: expected [B, _, H, W] as x {tuple(x.shape)}, got {tuple(other.shape)}")
+    if one and impulse is not None:
+        raise ValueError("impulse: expected none together with one")
+    if impulse is not None and impulse.shape != x.shape[:1]:
+        raise ValueError(f"impulse: expected shape {tuple(x.shape[:1])}, got {tuple(impulse.shape)}")
+    least = x.shape[1] + sum(other.shape[1] for other in others) + (one or impulse is not None)
+    if channels is not None and channels < least:
+        raise ValueError(f"channels: expected at least {least}, got {channels}")
+    given = [x, *others, *_fitting(x, {"bias": bias}, {}), *([] if impulse is None else [impulse])]
+    if select(OPERATOR, given, backend, maps=len(others)) == "reference":
+        with plainly(x):
+            return reference.join(x, *others, bias=bias, one=one, impulse=impulse, channels=channels)
+    return torch.ops.pansharp_fast.join_fwd_triton(x, others, bias, impulse, channels or least, one)
+
+
 def _check_image(x: Tensor) -> None:
     if x.dim() != 4 or min(x.shape[1:]) < 1:
         raise ValueError(f"x: expected [B, C, H, W] with at least one channel and pixel, got {tuple(x.shape)}")
@@ -165,8 +213,10 @@ def _fitting(x: Tensor, vectors: dict[str, Tensor | None], rows: dict[str, Tenso
     return [tensor for tensor in (*vectors.values(), *rows.values()) if tensor is not None]
 
 
-def _against(*tensors: Tensor, channels: int = 0) -> list[str]:
+def _against(*tensors: Tensor, channels: int = 0, maps: int = 0) -> list[str]:
     found = []
+    if maps > 3:
+        found.append(f"others: expected at most 3, got {maps}")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         found.append("gradients: expected none to be wanted, got a tensor that requires one")
     if channels > _WIDEST:
@@ -189,6 +239,20 @@ _library.define(
     "gated_sum_fwd",
     "(Tensor x, Tensor a, Tensor? b, Tensor? bias_a, Tensor? bias_b, Tensor? gate_a, Tensor? gate_b) -> Tensor",
     fake=_fake,
+    triton_module="norm",
+)
+
+
+def _join_fake(
+    x: Tensor, others: Sequence[Tensor], bias: Tensor | None, impulse: Tensor | None, channels: int, one: bool
+) -> Tensor:
+    return x.new_empty((x.shape[0], *x.shape[2:], channels)).permute(0, 3, 1, 2)
+
+
+_library.define(
+    "join_fwd",
+    "(Tensor x, Tensor[] others, Tensor? bias, Tensor? impulse, int channels, bool one) -> Tensor",
+    fake=_join_fake,
     triton_module="norm",
 )
 
@@ -246,6 +310,20 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         a, b = (random(*x.shape).contiguous(memory_format=torch.channels_last) for _ in range(2))
         yield Sample(f"sum {size}", run(gated_sum, names, None), (x, a, b, vector(), vector(), row(), row()))
         yield Sample(f"sum of two {size}", run(gated_sum, ("a", "bias_a"), None), (x, a, vector()))
+        others = random(batch, 3, height, width), random(batch, height, width, 2).permute(0, 3, 1, 2)
+        ones = functools.partial(_joined, one=True, channels=channels + 8)
+        yield Sample(f"join {size}", ones, (x, *others, vector()))
+        yield Sample(f"join of two {size}", _joined, (x, a, vector()))
+        impulse = functools.partial(_joined, impulse=random(batch), channels=channels + 12)
+        yield Sample(f"join with an impulse {size}", impulse, (x, *others, vector()))
+
+
+def _joined(*tensors: Tensor, backend: str | None, **options: Any) -> tuple[Tensor, ...]:
+    *maps, bias = tensors
+    impulse = options.pop("impulse", None)
+    if impulse is not None:
+        options["impulse"] = impulse.to(maps[0])
+    return (join(*maps, bias=bias, **options, backend=backend),)
 
 
 OPERATOR = register(

@@ -3,6 +3,15 @@
 from .cm3a import cm3a
 from .convolution import conv3x3, group_norm_factors
 from .frequency_attention import frequency_attention
-from .norm import gated_sum, group_norm, layer_norm
+from .norm import gated_sum, group_norm, join, layer_norm
 
-__all__ = ["cm3a", "conv3x3", "frequency_attention", "gated_sum", "group_norm", "group_norm_factors", "layer_norm"]
+__all__ = [
+    "cm3a",
+    "conv3x3",
+    "frequency_attention",
+    "gated_sum",
+    "group_norm",
+    "group_norm_factors",
+    "join",
+    "layer_norm",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,6 +64,27 @@ def gated_sum(
             term = term + bias[:, None, None].to(x.dtype)
         x = x + (term if gate is None else term * gate[:, :, None, None].to(x.dtype))
     return x
+
+
+def join(
+    x: Tensor,
+    *others: Tensor,
+    bias: Tensor | None = None,
+    one: bool = False,
+    impulse: Tensor | None = None,
+    channels: int | None = None,
+) -> Tensor:
+    """As `pansharp_fast.ops.join`."""
+    batch, _, height, width = x.shape
+    parts = [_moved(x, bias), *(other.to(x.dtype) for other in others)]
+    if one:
+        parts.append(x.new_ones(batch, 1, height, width))
+    if impulse is not None:
+        index = torch.arange(height * width, device=x.device).view(1, 1, height, width)
+        parts.append(torch.where(index == height * width // 2, impulse.to(x.dtype)[:, None, None, None], 0))
+    missing = 0 if channels is None else channels - sum(part.shape[1] for part in parts)
+    parts.append(x.new_zeros(batch, missing, height, width))
+    return torch.cat(parts, 1)
 
 
 def _moved(x: Tensor, offset: Tensor | None) -> Tensor:

@@ -1,5 +1,7 @@
 """Convolutions inside networks: values, and when the faster forms are taken."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pansharp_fast import use_backend
 from pansharp_fast.nn import Conv3x3, convolution
-from pansharp_fast.nn.convolution import LayerNorm, joined, joined_conv, mlp, norm_silu_conv, two_convolutions
+from pansharp_fast.nn.convolution import (
+    LayerNorm,
+    joined,
+    joined_conv,
+    joined_convs,
+    mlp,
+    norm_silu_conv,
+    two_convolutions,
+)
 from tests.support.backends import needs_interpreter
 
 
@@ -142,13 +152,14 @@ def test_residual_blocks_of_gpus(batch, kind, way):
 @needs_interpreter
 @pytest.mark.parametrize("inputs", [11, 16])
 @pytest.mark.parametrize("size", [1, 3])
-def test_joined_conv_fills_channels_up(inputs, size):
-    conv = nn.Conv2d(inputs, 6, size, padding=size // 2)
-    x, other = torch.randn(2, 7, 5, 6).contiguous(memory_format=torch.channels_last), torch.randn(2, inputs - 7, 5, 6)
-    for bias in (True, False):
-        expected = F.conv2d(torch.cat([x, other], 1), conv.weight, conv.bias if bias else None, padding=size // 2)
-        for actual in (
-            joined_conv(conv, x, other.double(), bias=bias),
-            as_on_gpus(lambda bias=bias: joined_conv(conv, x, other, bias=bias))[0],
-        ):
-            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_joined_convolutions(inputs, size, dtype, bias):
+    conv = nn.Conv2d(inputs, 6, size, padding=size // 2, bias=bias).to(dtype)
+    x = torch.randn(2, 7, 5, 6).to(dtype).contiguous(memory_format=torch.channels_last)
+    other = torch.randn(2, inputs - 7, 5, 6)
+    exact = copy.deepcopy(conv).double()(torch.cat([x, other.to(dtype)], 1).double())
+    for run in (lambda: joined_conv(conv, x, other), lambda: torch.cat(joined_convs(conv, 2, x, other), 1)):
+        for result in (run(), as_on_gpus(run)[0]):
+            assert result.dtype == dtype
+            assert (result - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()

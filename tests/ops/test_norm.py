@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pansharp_fast.ops import OPERATORS, BackendError, gated_sum, group_norm, layer_norm
+from pansharp_fast.ops import OPERATORS, BackendError, gated_sum, group_norm, join, layer_norm
 from pansharp_fast.ops._backends import interpreting, reasons
 from tests.ops.test_conformance import evaluate, expanded, judge, sliced, transposed
 from tests.support.backends import device_of, parameters
@@ -82,6 +82,8 @@ def test_schema_fake_and_compilation(backend):
         (library.norm_fwd_triton, (x, vector, vector, row, row, row, 3, 1e-5, True)),
         (library.norm_fwd_triton, (x, None, None, None, None, None, 0, 1e-5, False)),
         (library.gated_sum_fwd_triton, (x, x, None, vector, None, row, None)),
+        (library.join_fwd_triton, (x, [x, x], vector, None, 20, True)),
+        (library.join_fwd_triton, (x, [], None, x[:, 0, 0, 0], 8, False)),
     ):
         torch.library.opcheck(function, arguments, test_utils=("test_schema", "test_faketensor"))
     for sample in samples(device_of(backend), torch.float32)[:4]:
@@ -95,6 +97,7 @@ def test_empty_batch(backend):
     x = torch.randn(0, 6, 5, 4, device=device_of(backend))
     assert group_norm(x, 3, backend=backend).shape == layer_norm(x, backend=backend).shape == x.shape
     assert gated_sum(x, x, backend=backend).shape == x.shape
+    assert join(x, x, channels=16, backend=backend).shape == (0, 16, 5, 4)
 
 
 @triton
@@ -119,6 +122,12 @@ def test_reference_is_torch():
     torch.testing.assert_close(gated_sum(x, moved, x, bias_a=bias, gate_a=scale, gate_b=shift), expected)
 
 
+def test_ones_and_an_impulse_are_a_bias():
+    x, weight, bias = torch.randn(2, 6, 5, 4), torch.randn(7, 6, 3, 3), torch.randn(7)
+    joined = F.conv2d(join(x, one=True, channels=8), join(weight, impulse=bias, channels=8), padding=1)
+    torch.testing.assert_close(joined, F.conv2d(x, weight, bias, padding=1))
+
+
 def test_gradients_are_the_references():
     x = torch.randn(2, 6, 3, 2, dtype=torch.float64, requires_grad=True)
     vector = torch.randn(6, dtype=torch.float64, requires_grad=True)
@@ -129,6 +138,7 @@ def test_gradients_are_the_references():
         )
         assert torch.autograd.gradcheck(call, (x, vector, row))
     assert torch.autograd.gradcheck(lambda x, v, r: gated_sum(x, x, x, bias_a=v, gate_a=r), (x, vector, row))
+    assert torch.autograd.gradcheck(lambda x, v, r: join(x, x, bias=v, impulse=r[:, 0], channels=14), (x, vector, row))
     if interpreting():
         against = reasons(OPERATOR, "triton", (x.float(),))
         assert any("gradients" in each for each in against)
@@ -145,6 +155,9 @@ def test_arguments():
         (lambda: gated_sum(x, x[:1]), "a: expected the shape of x"),
         (lambda: gated_sum(x, x.double()), "a: expected the dtype of x"),
         (lambda: gated_sum(x, x, gate_b=row), "b: expected together"),
+        (lambda: join(x, x[:1]), "others: expected"),
+        (lambda: join(x, x, channels=11), "channels: expected at least 12, got 11"),
+        (lambda: join(x, one=True, impulse=x[:, 0, 0, 0]), "impulse: expected none together with one"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

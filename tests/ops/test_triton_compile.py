@@ -133,7 +133,7 @@ def launch_frequency_attention() -> None:
 
 
 def launch_norm() -> None:
-    from pansharp_fast.ops import OPERATORS, gated_sum, group_norm, layer_norm
+    from pansharp_fast.ops import OPERATORS, gated_sum, group_norm, join, layer_norm
 
     declaration = OPERATORS["norm"]
     assert declaration.samples is not None
@@ -147,6 +147,8 @@ def launch_norm() -> None:
             options = {"offset": vector, "scale": scale, "shift": shift, "silu": True, "backend": "triton"}
             group_norm(x, groups, vector, vector, **options)
             layer_norm(x, vector, vector, **options)
+            join(x, x[:, :8].float(), x[:, :1], one=True, channels=channels + 16, backend="triton")
+            join(x, x, bias=vector, backend="triton")
             gated_sum(x, x, x, bias_a=vector, bias_b=vector, gate_a=scale, gate_b=shift, backend="triton")
 
 
