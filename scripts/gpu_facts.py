@@ -429,24 +429,28 @@ class Facts:
     def _norm_speed(self) -> Iterator[Case]:
         """What the networks' residual blocks do, by the operators and by PyTorch's own."""
         t = self.torch
-        for dtype in (t.bfloat16, t.float32):
-            for shape in ((1, 128, 256, 256), (1, 256, 256, 256), (1, 128, 64, 64), (8, 128, 256, 256)):
-                works = ["group norm + SiLU", "torch group norm + SiLU", "layer norm", "torch layer norm"]
-                works += ["residual + bias", "torch residual + bias"]
-                for work in works:
-                    yield self._norm(work, shape if not self.tiny else (1, 32, 8, 8), dtype)
         for inputs in (128, 131, 136):
             for bias in (False, True):
                 yield self._convolution(inputs, bias)
+        yield self._convolution(128, False, benchmark=True)
+        bf16, f32 = t.bfloat16, t.float32
+        large, small = (1, 128, 256, 256), (1, 128, 64, 64)
+        for shape, groups, dtype in (
+            *((large, 32, bf16), (small, 32, bf16), ((8, *large[1:]), 32, bf16), ((1, 32, *large[2:]), 1, f32)),
+            *((large, 32, f32), ((1, 256, *large[2:]), 32, bf16)),
+        ):
+            for work in ("group norm + SiLU", "layer norm", "residual + bias", "join with 8 channels"):
+                for who in ("", "torch "):
+                    yield self._norm(f"{who}{work}", shape if not self.tiny else (1, 32, 8, 8), groups, dtype)
 
-    def _norm(self, work, shape, dtype) -> Case:  # type: ignore[no-untyped-def]
+    def _norm(self, work, shape, groups, dtype) -> Case:  # type: ignore[no-untyped-def]
         t, functional = self.torch, self.torch.nn.functional
 
         def body() -> dict[str, Any]:
             x, other = (t.randn(shape, device=self.device).to(dtype) for _ in range(2))
             x, other = (each.contiguous(memory_format=t.channels_last) for each in (x, other))
             scale, shift = (t.randn(shape[:2], device=self.device).to(dtype) for _ in range(2))
-            weight, groups, one = scale[0].contiguous(), min(32, shape[1]), x.numel() * x.element_size()
+            weight, one = scale[0].contiguous(), x.numel() * x.element_size()
             wide = [each[:, :, None, None] for each in (scale, shift)]
             if work == "group norm + SiLU":
                 options = {"offset": weight, "scale": scale, "shift": shift, "silu": True}
@@ -461,11 +465,22 @@ class Facts:
                 return self.timed(lambda: functional.layer_norm(pixels, shape[1:2], weight, weight), 2 * one)
             if work == "residual + bias":
                 return self.timed(lambda: self.ops.gated_sum(x, other, bias_a=weight), 3 * one)
-            return self.timed(lambda: (other + weight[:, None, None]) + x, 3 * one)
+            if work == "torch residual + bias":
+                return self.timed(lambda: (other + weight[:, None, None]) + x, 3 * one)
+            more, moved = t.randn(shape[0], 8, *shape[2:], device=self.device).to(dtype), 2 * one + 16 * one // shape[1]
+            if work == "join with 8 channels":
+                return self.timed(lambda: self.ops.join(x, more), moved)
+            both = [each.permute(0, 2, 3, 1) for each in (x, more)]
+            return self.timed(lambda: t.cat(both, 3), moved)
 
-        return Case("norm", f"{work} {list(shape)} {_short(dtype)}", body)
+        return Case("norm", f"{work} {list(shape)}, {groups} groups, {_short(dtype)}", body)
 
-    def _convolution(self, inputs: int, bias: bool) -> Case:
+    def choosing(self, benchmark: bool) -> Any:
+        """Context in which cuDNN tries its algorithms before it chooses one."""
+        tf32 = self.torch.backends.cudnn.allow_tf32
+        return self.torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, deterministic=False, allow_tf32=tf32)
+
+    def _convolution(self, inputs: int, bias: bool, benchmark: bool = False) -> Case:
         t = self.torch
         side = 256 if not self.tiny else 8
 
@@ -473,10 +488,11 @@ class Facts:
             x = t.randn(1, inputs, side, side, device=self.device).bfloat16().contiguous(memory_format=t.channels_last)
             layer = t.nn.Conv2d(inputs, 128, 3, padding=1, bias=bias).to(self.device, t.bfloat16)
             layer.to(memory_format=t.channels_last)
-            with t.no_grad():
+            with t.no_grad(), self.choosing(benchmark):
                 return self.timed(lambda: layer(x), flops=2 * 9 * 128 * inputs * side**2)
 
         name = f"convolution [1,{inputs},{side},{side}] to 128 bfloat16 {'with' if bias else 'without'} bias"
+        name += ", the fastest of all" * benchmark
         return Case("convolution", name, body)
 
     # -- networks
@@ -489,6 +505,8 @@ class Facts:
             yield Case("pancrafter", f"{name} eager", self._crafter(dtype, batch, side, "eager"))
             if self.cuda:
                 yield Case("pancrafter graph", f"{name} CUDA graph", self._crafter(dtype, batch, side, "graph"))
+                best = f"{name} CUDA graph, fastest convolutions"
+                yield Case("pancrafter graph", best, self._crafter(dtype, batch, side, "best graph"))
                 plain = f"{name} CUDA graph, PyTorch's norms"
                 yield Case("pancrafter graph", plain, self._crafter(dtype, batch, side, "plain graph"))
         yield Case("profile", "profile of PAN-Crafter", self._crafter(t.bfloat16, 1, side, "profile"))
@@ -536,6 +554,9 @@ class Facts:
                     }
                 if work == "graph":
                     return self._graphed(lambda: model(*images, mode))
+                if work == "best graph":
+                    with self.choosing(True):
+                        return self._graphed(lambda: model(*images, mode))
                 if work == "plain graph":  # the norms have no kernels of this name
                     with self.ops.use_backend("cuda"):
                         return self._graphed(lambda: model(*images, mode))
