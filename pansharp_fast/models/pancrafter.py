@@ -347,9 +347,15 @@ class PANCrafter(nn.Module):
         self._check(pan, lpan, ms)
         s = mode.to(pan.dtype)
         c = self.s_token[mode.long()] if config.modulation == "embedding" else mode.long()
-        up_ms = resize(ms, RATIO)
+        low = torch.cat([ms, lpan], 1)
+
+        def resized(factor: float) -> tuple[Tensor, Tensor]:
+            """ms and lpan, in one call."""
+            both = resize(low, factor)
+            return both[:, : config.bands], both[:, config.bands :]
+
+        up_ms, up_lpan = resized(RATIO)
         if config.pan_detail:
-            up_lpan = resize(lpan, RATIO)
             x = torch.cat([pan, up_ms, up_lpan, pan - up_lpan], 1)
         else:
             x = torch.cat([pan, up_ms], 1)
@@ -361,7 +367,7 @@ class PANCrafter(nn.Module):
         conditions = {}
         for scale in config.attention_scales:
             factor = config.stem_stride * 2**scale  # PAN pixels per feature, in each direction
-            conditions[scale] = (resize(ms, RATIO / factor), resize(lpan, RATIO / factor), resize(pan, 1 / factor))
+            conditions[scale] = (*resized(RATIO / factor), resize(pan, 1 / factor))
 
         def run(part: str, attention: str, x: Tensor, scale: int) -> Tensor:
             for block in self.get_submodule(part).children():

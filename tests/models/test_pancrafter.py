@@ -211,6 +211,24 @@ def test_compiles_without_graph_breaks(name):
         close(compiled(*arguments), model(*arguments))
 
 
+@needs_interpreter
+@pytest.mark.parametrize("gradient", [False, True])
+def test_compiles_over_the_kernels_of_gpus(gradient):
+    """Around cm3a's Triton kernel, which stays one call of an operator; norms are the compiler's."""
+    model, arguments = randomised(small("released")), (*images(4, 4), torch.ones(1))
+    seen = []
+
+    def look(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.set_grad_enabled(gradient), use_backend("triton"):
+        expected = model(*arguments)
+        close(torch.compile(model, fullgraph=True, backend=look)(*arguments), expected)
+    assert sum("cm3a_fwd_triton" in each for each in seen) == 5
+    assert not any("norm_fwd" in each for each in seen)
+
+
 @pytest.mark.parametrize(
     ("pan", "ms", "message"),
     [
