@@ -38,4 +38,5 @@ def assert_accurate(
     for index, (got, usual, want) in enumerate(zip(actual, plain, exact, strict=True)):
         eps = torch.finfo(got.dtype).eps
         ours, plain_error = error(got, want) / eps, error(usual, want) / torch.finfo(usual.dtype).eps
-        assert ours <= factor * plain_error + floor, f"result {index}, in eps; plain PyTorch: {plain_error}"
+        limit = factor * plain_error + floor
+        assert ours <= limit, f"result {index}, in eps: {ours:.2f}, limit {limit:.2f}; plain PyTorch: {plain_error:.2f}"
