@@ -375,9 +375,10 @@ def norm_fwd(
         x, moments, channels, pixels, share, shares, *strides, BP=height, BC=columns
     )
     wide = min(128, triton.next_power_of_2(size))
+    most = (4 if size > 8 else 1) * _TILE  # few programs, and each reads much: it has to read at once
     _factors_kernel[(batch, groups)](
         moments, *vectors, factors, channels, pixels, share, shares, size, eps, *rows[2:],
-        BS=min(_TILE // wide, triton.next_power_of_2(shares)), BC=wide, **flags,
+        BS=min(most // wide, triton.next_power_of_2(shares)), BC=wide, num_warps=16 if size > 8 else 4, **flags,
     )  # fmt: skip
     _apply_kernel[(batch * tiles, blocks)](
         x, y, factors, channels, pixels, tiles, *strides, SILU=silu, BP=height, BC=columns

@@ -181,7 +181,9 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 
     for option in (
         click.option(
-            "--cuda-graph", is_flag=True, default=None, help="Diffusion models on CUDA: record a step once, replay it."
+            "--cuda-graph/--no-cuda-graph",
+            default=None,
+            help="Diffusion models: record a step once, replay it. Default: on CUDA devices.",
         ),
         click.option("--seed", type=click.IntRange(0), help="Diffusion models: seed of the noise  [default: 0]."),
         click.option(

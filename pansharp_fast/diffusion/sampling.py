@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..models.condition import Condition
 from ..models.fsa import Prediction, Prepared
+from ..nn.plain import hooked
+from ..ops._backends import requested, tf32_allowed
 from ..options import SAMPLERS, expect
 from .schedule import Schedule
 
@@ -50,18 +60,34 @@ def _scheduler(sampler: str, schedule: Schedule, steps: int) -> Any:
     return scheduler
 
 
+def _records(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 class _Recorded:
     """A model's step as a CUDA graph: launched as one, without Python between its kernels.
 
-    The call that records it computes nothing; before it the model must have run once, which makes plans and workspaces.
-    Recorded are the memory of `prepared` and of the weights as they lie, so that it serves one sampling run.
+    What records it computes nothing; before it the model must have run once, which makes plans and workspaces. Recorded
+    is the memory of the weights as they lie.
     """
 
-    def __init__(self, model: Any, x: Tensor, time: Tensor, prepared: Prepared) -> None:
+    def __init__(self, model: Any, x: Tensor, time: Tensor, prepared: Prepared, pool: Any) -> None:
         self.inputs = x.clone(), time.clone(), x.clone()
+        self.prepared: Prepared = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, prepared)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = model(*self.inputs[:2], prepared, self.inputs[2])
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # what autocast keeps of the weights is gone at its end
+        try:
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                self.output = model(*self.inputs[:2], self.prepared, self.inputs[2])
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+    def load(self, prepared: Prepared) -> None:
+        """Serve another sampling run."""
+        for static, given in zip(tree_leaves(self.prepared), tree_leaves(prepared), strict=True):
+            if isinstance(static, Tensor):
+                static.copy_(given)
 
     def __call__(self, x: Tensor, time: Tensor, self_cond: Tensor | None) -> Prediction:
         for static, given in zip(self.inputs, (x, time, x if self_cond is None else self_cond), strict=True):
@@ -69,6 +95,64 @@ class _Recorded:
         self.graph.replay()
         out, variance, _ = self.output
         return Prediction(out.clone(), None if variance is None else variance.clone())  # the next replay writes there
+
+
+class _Recordings:
+    """A model's recorded steps, by everything that they hold fixed. They share memory: one runs at a time."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.fails = False
+        self.steps: OrderedDict[Any, _Recorded] = OrderedDict()
+
+    @staticmethod
+    def key(model: Any, x: Tensor, prepared: Prepared) -> Any:
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        settings = requested()[0], tf32_allowed(), torch.backends.cudnn.allow_tf32, autocast, model.training
+        memory = tuple(t.data_ptr() for t in itertools.chain(model.parameters(), model.buffers()))
+        leaves = tuple(
+            (leaf.shape, leaf.dtype, leaf.stride()) if isinstance(leaf, Tensor) else leaf
+            for leaf in tree_leaves(prepared)
+        )
+        return x.shape, x.dtype, x.device, leaves, settings, memory, tuple(map(id, model.modules()))
+
+    def record(self, key: Any, model: Any, x: Tensor, time: Tensor, prepared: Prepared) -> _Recorded | None:
+        """The step as a graph; None where it cannot be one, which is tried once."""
+        if self.fails:
+            return None
+        try:
+            self.steps[key] = recorded = _Recorded(model, x, time, prepared, self.pool)
+        except Exception as error:  # of many kinds: what cannot be recorded, memory
+            self.fails = True
+            self.steps.clear()
+            line = str(error).split("\n")[0]
+            warnings.warn(f"CUDA graph: the model is called instead ({type(error).__name__}: {line})", stacklevel=4)
+            return None
+        if len(self.steps) > _MOST:
+            self.steps.popitem(last=False)
+        return recorded
+
+
+#: Shapes whose steps are held; a scene's tiles have up to four, borders included.
+_MOST = 4
+#: Of models that no run is using at the moment.
+_idle: WeakKeyDictionary[Any, _Recordings] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _recordings(model: Any, wanted: bool) -> Iterator[_Recordings | None]:
+    """The model's recordings, this run's alone until it ends; None where none are to be made or used."""
+    if not wanted or any(map(hooked, model.modules())):  # a graph would not call hooks
+        yield None
+        return
+    with _lock:
+        own = _idle.pop(model, None)
+    own = own or _Recordings()
+    yield own
+    with _lock:
+        _idle[model] = own
 
 
 @torch.no_grad()
@@ -98,8 +182,9 @@ def sample(
             the diffusion time and gets x_t instead of its last estimate as self-condition.
         schedule: noise levels; the released one of 500 steps unless told otherwise.
         return_features: fill `Sample.features`.
-        cuda_graph: record the second step as a CUDA graph and replay it from then on; saves what launching the kernels
-            costs, which counts on small images.
+        cuda_graph: record the second step as a CUDA graph and replay it from then on, in later runs on such images
+            too; saves what launching the kernels costs. The model holds the graphs' memory while it lives. Not where
+            one of its modules has hooks. Where recording fails a warning says so, and the model is called.
 
     Raises:
         ValueError: unknown sampler, steps outside 1..T, noise of another shape, a condition that does not fit,
@@ -117,31 +202,37 @@ def sample(
         noise = torch.randn(prepared.shape, generator=generator, device=device)
     elif tuple(noise.shape) != prepared.shape:
         raise ValueError(f"noise: expected {list(prepared.shape)}, got {list(noise.shape)}")
-    if cuda_graph and noise.device.type != "cuda":
+    if cuda_graph and not _records(noise):
         raise ValueError(f"cuda_graph: expected tensors on a CUDA device, got {noise.device}")
     dtype = prepared.images.dtype  # the network's; between its steps float32 holds more than halves
     noise = noise.to(torch.promote_types(dtype, torch.float32))
     scheduler = _scheduler(sampler, schedule, steps)
     x, variance = noise, None
     x0: Tensor | None = None
-    recorded: _Recorded | None = None
     mean = squares = torch.zeros_like(noise)
-    for number, time in enumerate(scheduler.timesteps.tolist()):
-        told = torch.full((x.shape[0],), steps - 1 - number if released else time, device=x.device)
-        wanted = return_features and number == steps - 1
-        estimate = None if released else x0
-        if cuda_graph and number == 1:
-            recorded = _Recorded(model, x.to(dtype), told, prepared)
-        if recorded is None or wanted:
-            given = x.to(dtype), told, prepared, None if estimate is None else estimate.to(dtype)
-            output = model(*given, return_features=wanted)
-        else:
-            output = recorded(x, told, estimate)
-        times = torch.full_like(told, time)
-        x0, variance = schedule.to_x0(output.out.to(x.dtype), x, times, model.config.prediction), output.variance
-        x = scheduler.step(x0, time, x).prev_sample
-        if number >= steps // 2:  # Welford's recurrence
-            before = x0 - mean
-            mean = mean + before / (number - steps // 2 + 1)
-            squares = squares + before * (x0 - mean)
+    with _recordings(model, cuda_graph) as recordings:
+        recorded: _Recorded | None = None
+        key = None
+        if recordings is not None:
+            key = recordings.key(model, x.to(dtype), prepared)
+            if recorded := recordings.steps.get(key):
+                recorded.load(prepared)
+        for number, time in enumerate(scheduler.timesteps.tolist()):
+            told = torch.full((x.shape[0],), steps - 1 - number if released else time, device=x.device)
+            wanted = return_features and number == steps - 1
+            estimate = None if released else x0
+            if recordings is not None and recorded is None and number == 1:
+                recorded = recordings.record(key, model, x.to(dtype), told, prepared)
+            if recorded is None or wanted:
+                given = x.to(dtype), told, prepared, None if estimate is None else estimate.to(dtype)
+                output = model(*given, return_features=wanted)
+            else:
+                output = recorded(x, told, estimate)
+            times = torch.full_like(told, time)
+            x0, variance = schedule.to_x0(output.out.to(x.dtype), x, times, model.config.prediction), output.variance
+            x = scheduler.step(x0, time, x).prev_sample
+            if number >= steps // 2:  # Welford's recurrence
+                before = x0 - mean
+                mean = mean + before / (number - steps // 2 + 1)
+                squares = squares + before * (x0 - mean)
     return Sample(x, variance, (squares / (steps - steps // 2)).sqrt(), output.features)

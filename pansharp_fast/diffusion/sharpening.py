@@ -24,7 +24,7 @@ class Sampling:
     """How a diffusion model sharpens.
 
     steps: of the sampler. sampler: one of `options.SAMPLERS`. samples: results that are averaged. seed: of the noise.
-    cuda_graph: see `sample`.
+    cuda_graph: see `sample`; None: on CUDA devices.
 
     Raises:
         ValueError: a value out of its range.
@@ -34,7 +34,7 @@ class Sampling:
     sampler: str = "ddim"
     samples: int = 1
     seed: int = 0
-    cuda_graph: bool = False
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
         expect("sampler", self.sampler, SAMPLERS)
@@ -88,6 +88,7 @@ def sharpen_by_sampling(
     cut, height, width = RATIO * _REACH, *pan.shape[2:]
     lms = interp23(F.pad(ms, (_REACH,) * 4, mode="replicate"))[..., cut : cut + height, cut : cut + width]
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    dtype = torch.promote_types(dtype, torch.float32)  # differences are finer than halves
     prepared = model.prepare(model.condition(lms.to(dtype), pan.to(dtype)))
     mean = torch.zeros_like(lms)
     squares, variance = torch.zeros_like(lms), torch.zeros_like(lms)
@@ -105,7 +106,7 @@ def sharpen_by_sampling(
             sampler=sampling.sampler,
             noise=noise.to(lms.device),
             released=model.config.released_sampling,
-            cuda_graph=sampling.cuda_graph,
+            cuda_graph=lms.is_cuda if sampling.cuda_graph is None else sampling.cuda_graph,
         )
         # Welford's recurrence: no cancellation, whatever the number of samples.
         residual = result.residual.float()

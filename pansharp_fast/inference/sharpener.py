@@ -33,7 +33,8 @@ class Sharpener:
         weights: name or file for `pansharp_fast.models.load_model`, or a model.
         peak: largest digital number the sensor can give (2047 for 11 bits).
         device: see `pansharp_fast.options.device`.
-        precision: one of `pansharp_fast.options.PRECISIONS`. On a GPU PAN-Crafter's bfloat16 is a copy of the weights.
+        precision: one of `pansharp_fast.options.PRECISIONS`. On a GPU bfloat16 is a copy of PAN-Crafter's
+            or a student's weights.
         architecture: name that the weights' architecture must have, such as "uknow-student"; None takes any.
         sampling: how a diffusion model samples; None is `Sampling()` for such a model.
         uncertainty: results hold as many channels more, the uncertainty of each band.
@@ -60,7 +61,7 @@ class Sharpener:
     ) -> None:
         if not peak > 0:
             raise ValueError(f"peak: expected a positive number, got {peak}")
-        from ..models import PANCrafter
+        from ..models import FSAStudent, PANCrafter
 
         self.device = choose_device(device)
         if isinstance(weights, str | Path):
@@ -97,11 +98,12 @@ class Sharpener:
         self.peak = float(peak)
         self.precision = allowed.precision(precision)
         self._autocast, self._options = self.precision, dict[str, Any]()
-        if self.device.type == "cuda" and type(self.model) is PANCrafter:
-            if allowed.in_bfloat16(self.precision, self.device):
+        if self.device.type == "cuda":
+            if type(self.model) in (PANCrafter, FSAStudent) and allowed.in_bfloat16(self.precision, self.device):
                 # Autocast would cast the weights at every call, and features to float32 for every norm.
                 self.model, self._autocast = copy.deepcopy(self.model).to(torch.bfloat16), "float32"
-            self._options["forward"] = Recorded(self.model)
+            if type(self.model) is PANCrafter:
+                self._options["forward"] = Recorded(self.model)
 
     @torch.no_grad()
     def __call__(self, pan: Tensor, ms: Tensor, origin: tuple[int, int] = (0, 0)) -> Tensor:

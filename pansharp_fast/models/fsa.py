@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..data.grid import check_pair
 from ..nn import Conv3x3, FrequencyAttention, WaveletAttention
-from ..nn.convolution import group_normed, norm_silu_conv, two_convolutions
+from ..nn.convolution import group_normed, joined_conv, norm_silu_conv, two_convolutions
 from ..nn.fused import fused
 from ..nn.plain import hooked, is_plain
 from ..options import PREDICTIONS, check_fields, expect
@@ -392,6 +392,9 @@ class _FSA(nn.Module):
         """Sides of the features are padded to a multiple of this."""
         return 2 ** (len(self.config.channel_mults) - 1)
 
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.to(next(self.parameters()).dtype)
+
     def _pad(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         amounts = (0, -width % self.multiple, 0, -height % self.multiple)
@@ -463,7 +466,7 @@ class _FSA(nn.Module):
             else:
                 if return_features:
                     features.append(x)
-                x = layer(x)
+                x = joined_conv(cast(nn.Conv2d, layer), x) if number == 0 and x.is_cuda else layer(x)
             skips.append(x)
         for layer in self.mid:
             x = layer(x, embedding, None)
@@ -487,9 +490,12 @@ class FSAStudent(_FSA):
     heads = 1
 
     def condition(self, lms: Tensor, pan: Tensor) -> Condition:
-        """The network's condition from lms [B, C, H, W] and PAN [B, 1, H, W], both divided by the peak."""
+        """The network's condition, in its dtype, from lms [B, C, H, W] and PAN [B, 1, H, W], both divided by the peak.
+
+        Images may be finer than the network: details are taken before they are cast.
+        """
         check_pair(pan, lms, self.config.bands, ratio=1, name="lms")
-        return Condition(lms, highpass(pan) if self.config.highpass_pan else pan)
+        return Condition(lms, highpass(pan) if self.config.highpass_pan else pan).map(self._cast)
 
     def _head(self, y: Tensor, features: tuple[Tensor, ...] | None) -> Prediction:
         return Prediction(y, None, features)
@@ -511,7 +517,9 @@ class FSATeacher(_FSA):
         self.prior = PriorNet(config.prior).requires_grad_(False) if config.prior is not None else None
 
     def condition(self, lms: Tensor, pan: Tensor) -> Condition:
-        """The network's condition from lms [B, C, H, W] and PAN [B, 1, H, W], both divided by the peak.
+        """The network's condition, in its dtype, from lms [B, C, H, W] and PAN [B, 1, H, W], both divided by the peak.
+
+        Images may be finer than the network: details are taken before they are cast.
 
         Raises:
             ValueError: the configuration names no prior network, or shapes disagree.
@@ -522,6 +530,7 @@ class FSATeacher(_FSA):
         wavelets = wavelet_condition(lms, pan)
         if self.config.highpass_pan:
             pan = highpass(pan)
+        lms, pan, wavelets = map(self._cast, (lms, pan, wavelets))
         with torch.no_grad():
             out, variance = self.prior(lms, pan)
         return Condition(lms, pan, out, variance, wavelets)

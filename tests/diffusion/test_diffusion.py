@@ -1,15 +1,18 @@
 """Schedule, samplers and scene noise."""
 
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pansharp_fast.diffusion import Schedule, sample, scene_noise
+from pansharp_fast.diffusion import Schedule, sample, sampling, scene_noise
 from pansharp_fast.models import Condition, FSAConfig, FSAStudent, FSATeacher, Prediction
 from pansharp_fast.models.fsa import Prepared
+from tests.support.graphs import counted
 
 pytest.importorskip("diffusers")
 
@@ -159,6 +162,74 @@ def test_recorded_step_is_the_step(cls, released):
         if expected is not None:
             assert (actual - expected).norm() <= tolerance * expected.norm()
     assert len(graphed.features) == len(plain.features)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("cls", [FSAStudent, FSATeacher])
+def test_recordings_serve_later_runs(monkeypatch, cls, released):
+    graphs = counted(monkeypatch)
+    monkeypatch.setattr(sampling, "_records", lambda x: True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(3)
+    model = cls(FSAConfig.preset("tiny", bands=4, teacher=cls is FSATeacher)).to(device).eval()
+    torch.nn.init.normal_(model.final_conv.block[3].weight, std=0.1)  # zero in a fresh network
+    tolerance = 3e-2 if cls is FSATeacher and device == "cuda" else 1e-4
+
+    def run(model, width):
+        with torch.no_grad():
+            images = torch.rand(1, 4, 24, width, device=device), torch.rand(1, 1, 24, width, device=device)
+            condition = model.condition(*images)
+        plain, graphed = (
+            sample(model, condition, cuda_graph=graph, steps=3, seed=len(graphs), released=released).residual
+            for graph in (False, True)
+        )
+        assert (plain - graphed).norm() <= tolerance * plain.norm()
+
+    run(model, 32)
+    run(model, 32)
+    assert len(graphs) == 1
+    run(model, 40)
+    assert len(graphs) == 2
+    run(model, 32)
+    assert len(graphs) == 2
+    for parameter in model.parameters():
+        parameter.data.mul_(0.9)  # seen where it lies
+    run(model, 40)
+    assert len(graphs) == 2
+    for parameter in model.parameters():
+        parameter.data = parameter.data.mul(0.9)
+    run(model, 40)
+    assert len(graphs) == 3
+    seen = []
+    handle = model.mid[0].register_forward_hook(lambda *call: seen.append(call))
+    run(model, 40)
+    assert len(seen) == 6
+    handle.remove()
+    copied = weakref.ref(model)
+    del model, handle
+    seen.clear()
+    gc.collect()
+    assert copied() is None
+
+
+def test_what_cannot_be_recorded_is_called(monkeypatch):
+    counted(monkeypatch)
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+    monkeypatch.setattr(sampling, "_records", lambda x: True)
+    model = FSAStudent(FSAConfig.preset("tiny", bands=4, teacher=False)).eval()
+    torch.nn.init.normal_(model.final_conv.block[3].weight, std=0.1)
+    with torch.no_grad():
+        condition = model.condition(torch.rand(1, 4, 16, 16), torch.rand(1, 1, 16, 16))
+    expected = sample(model, condition, steps=4, seed=1).residual
+    with pytest.warns(UserWarning, match="CUDA graph: the model is called instead .RuntimeError: operation not perm"):
+        actual = sample(model, condition, steps=4, seed=1, cuda_graph=True).residual
+    assert torch.equal(actual, expected)
+    assert torch.equal(sample(model, condition, steps=4, seed=1, cuda_graph=True).residual, expected)  # and no warning
 
 
 def test_bad_input():
