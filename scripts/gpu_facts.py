@@ -333,34 +333,40 @@ class Facts:
             self._copy_rate = 2 * source.numel() * 4 / self.seconds(run, 2e-5)
         return self._copy_rate
 
+    def trust(self) -> None:
+        """No self-checks: they compile kernels that nothing here times, which takes longer than all the timings."""
+        for operator in self.backends.OPERATORS.values():
+            for backend in operator.support:
+                self.backends._verdicts[operator.name, backend, self.device] = None
+
     def speed(self) -> Iterator[Case]:
         t = self.torch
+        self.trust()
         yield Case("copy", "plain copy", self._copy)
         yield Case("product", "matrix product bfloat16", self._product)
-        sides = ((8, 256), (1, 128)) if not self.tiny else ((1, 16),)
-        shapes = ((128, 256, 256), (1, 4096, 4096)) if not self.tiny else ((2, 32, 32),)
-        areas = (256, 512) if not self.tiny else (16,)
-        kinds = [(t.float32, False), (t.bfloat16, False), (t.float32, True)]
+        f32, bf16 = t.float32, t.bfloat16
+        large, small = ((8, 256), (1, 128)) if not self.tiny else ((1, 16),) * 2
         cm3a = (
-            self._cm3a_speed(work, batch, side, dtype, tf32, last)
-            for batch, side in sides
-            for dtype, tf32 in kinds
-            for last in (False, True)
-            for work in ("forward", "backward", *["shift forward"] * (not tf32 and not last))
+            self._cm3a_speed(work, *size, dtype, tf32, last)
+            for size, dtype, tf32, last in (
+                *((large, dtype, tf32, last) for dtype, tf32 in ((f32, 0), (bf16, 0), (f32, 1)) for last in (0, 1)),
+                *((small, dtype, 0, 0) for dtype in (f32, bf16)),
+            )
+            for work in ("forward", "backward", *["shift forward"] * (size == large and not tf32 and not last))
         )
-        named = (("haar", "symmetric"), ("db4", "symmetric"), ("db2", "symmetric"), ("bior4.4", "symmetric"))
+        planes, image = ((128, 256, 256), (1, 4096, 4096)) if not self.tiny else ((2, 32, 32),) * 2
+        named = [(name, "symmetric") for name in ("haar", "db4", "db2", "bior4.4")] + [("haar", "stationary")]
         wavelet = (
             self._wavelet_speed(work, name, mode, shape, dtype)
-            for shape in shapes
-            for dtype in (t.float32, t.bfloat16)
-            for name, mode in (*named, ("haar", "stationary"))
+            for shape, dtype, kinds in ((planes, f32, named), (planes, bf16, named), (image, f32, named[:2]))
+            for name, mode in kinds
             for work in ("analysis", "synthesis")
         )
+        areas = (256, 512) if not self.tiny else (16, 16)
         frequency = (
             self._frequency_speed(work, heads, side)
-            for heads in (8, 1)
-            for side in areas
-            for work in ("gram", "apply", "forward", "four FFTs")
+            for heads, side in ((8, areas[0]), (8, areas[1]), (1, areas[1]))
+            for work in ("gram", "apply", "forward", *["four FFTs"] * (heads == 8))
         )
         yield from _in_turn(cm3a, wavelet, frequency, self._norm_speed())
 
@@ -383,7 +389,7 @@ class Facts:
             factor = [t.randn(16, 9, 3, 3, device=self.device) / 3, t.randn(16, 9, device=self.device)]
             if work == "shift forward":
                 factor = [None, None]
-            options, one = (8, 3, 0.25, last, tf32), maps[0].numel() * maps[0].element_size()
+            options, one = (8, 3, 0.25, bool(last), bool(tf32)), maps[0].numel() * maps[0].element_size()
             if work == "backward":
                 return self.timed(lambda: self.kernels.cm3a_bwd(*maps[5:], *maps[:5], *factor, *options), 12 * one)
             return self.timed(lambda: self.kernels.cm3a_fwd(*maps[:5], *factor, *options), 7 * one)
@@ -498,6 +504,7 @@ class Facts:
     # -- networks
     def network(self) -> Iterator[Case]:
         t = self.torch
+        self.trust()
         side = 256 if not self.tiny else 32
         for dtype, batch in ((t.bfloat16, 1), (t.float32, 1), (t.bfloat16, 8)):
             name = f"PAN-Crafter released {side}² batch {batch} {_short(dtype)}"
@@ -513,11 +520,16 @@ class Facts:
         for reference in (False, True):
             which = "reference" if reference else "ours"
             yield Case("training", f"PAN-Crafter training step, 96 patches, {which}", self._training(reference))
+        step = "profile of a PAN-Crafter training step, 96 patches"
+        yield Case("profile", step, self._training(False, profile=True))
         yield Case("universal", "universal", self._universal)
         for graph in (False, True) if self.cuda else (False,):
-            for dtype, last in ((t.float32, False), (t.float32, True), (t.bfloat16, True)):
-                kind = f"{'graph' if graph else 'eager'}, {_short(dtype)}, {'NHWC' if last else 'NCHW'}"
-                yield Case("uknow", f"FSA-S, {kind}", self._student(graph, dtype, last))
+            for dtype in (t.float32, t.bfloat16):
+                kind = f"{'graph' if graph else 'eager'}, {_short(dtype)}"
+                yield Case("uknow", f"FSA-S, {kind}", self._student(graph, dtype))
+        for dtype in (t.float32, t.bfloat16):
+            step = f"profile of a step of FSA-S, {_short(dtype)}"
+            yield Case("profile", step, self._student(False, dtype, profile=True))
 
     def _images(self, batch: int, side: int, dtype: Any) -> list[Any]:
         low = side // 4
@@ -581,7 +593,8 @@ class Facts:
         found, same = self.timed(graph.replay, calls=2), self.compared([("graph", out, eager)], 1e-2)
         return found | {"ok": same["ok"], "errors": same["errors"], "text": f"{found['text']}, {same['text']}"}
 
-    def _profile(self, run: Callable[[], Any]) -> dict[str, Any]:
+    def _profile(self, run: Callable[[], Any], rows: int = 25) -> dict[str, Any]:
+        """The kernels that take most of a call's device time."""
         kinds = self.torch.profiler.ProfilerActivity
         for _ in range(3):
             run()
@@ -589,9 +602,17 @@ class Facts:
         with self.torch.profiler.profile(activities=[kinds.CUDA if self.cuda else kinds.CPU]) as trace:
             run()
             self.synchronize()
-        by = "self_cuda_time_total" if self.cuda else "self_cpu_time_total"
-        table = trace.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=90)
-        return {"ok": True, "text": f"\n{table}"}
+        by = "self_device_time_total" if self.cuda else "self_cpu_time_total"
+        # Annotations, as of an optimizer's step, span kernels that are listed, too.
+        events = [each for each in trace.key_averages() if getattr(each, by) and not each.is_user_annotation]
+        found = [{"name": each.key, "us": getattr(each, by), "calls": each.count} for each in events]
+        found.sort(key=lambda each: -each["us"])
+        total = sum(each["us"] for each in found)
+        lines = [f"{total:.0f} us in {sum(each['calls'] for each in found)} calls"]
+        for each in found[:rows]:
+            share = each["us"] / max(total, 1e-9)
+            lines.append(f"{each['us']:10.1f} us {share:6.1%} {each['calls']:5d} calls  {each['name'][:60]}")
+        return {"ok": total > 0, "text": "\n".join(lines), "us": total, "kernels": found}
 
     def reset_peak(self) -> None:
         if self.cuda:
@@ -600,7 +621,7 @@ class Facts:
     def peak(self) -> int:
         return self.torch.cuda.max_memory_allocated() if self.cuda else 0
 
-    def _training(self, reference: bool) -> Callable[[], dict[str, Any]]:
+    def _training(self, reference: bool, profile: bool = False) -> Callable[[], dict[str, Any]]:
         t = self.torch
 
         def body() -> dict[str, Any]:
@@ -616,12 +637,14 @@ class Facts:
                 loss.backward()
                 optimizer.step()
 
-            self.reset_peak()
+            if profile:
+                return self._profile(run)
             with self.ops.use_backend("reference" if reference else "auto"):
-                run()
-                peak = self.peak()
+                run()  # makes the optimizer's state
+                self.reset_peak()
                 for _ in range(2):
                     run()
+                peak = self.peak()
                 self.synchronize()
                 start = time.perf_counter()
                 for _ in range(3):
@@ -646,7 +669,7 @@ class Facts:
         finite = bool(run().isfinite().all())
         return found | {"ok": finite, "text": f"{side}² {found['text']}"}
 
-    def _student(self, graph: bool, dtype: Any, last: bool) -> Callable[[], dict[str, Any]]:
+    def _student(self, graph: bool, dtype: Any, profile: bool = False) -> Callable[[], dict[str, Any]]:
         t = self.torch
 
         def body() -> dict[str, Any]:
@@ -658,8 +681,6 @@ class Facts:
             t.manual_seed(0)
             config = FSAConfig.preset("released" if large else "tiny", bands=8, teacher=False)
             model = FSAStudent(config).to(self.device, dtype).eval()
-            if last:  # the features follow the weights
-                model.to(memory_format=t.channels_last)
             t.nn.init.normal_(model.final_conv.block[3].weight, std=0.1)  # zero in a fresh network
             lms, pan, noise = (
                 x.to(self.device, dtype)
@@ -668,6 +689,9 @@ class Facts:
             options = {"steps": steps, "noise": noise, "released": True}
             with t.no_grad():
                 condition = model.condition(lms, pan)
+                if profile:
+                    prepared, time_step = model.prepare(condition), t.ones(1, device=self.device)
+                    return self._profile(lambda: model(noise, time_step, prepared, noise))
                 for _ in range(2):
                     got = sample(model, condition, cuda_graph=graph, **options).residual
                 self.synchronize()
