@@ -21,7 +21,7 @@ demo: build
 # A worker a core; tests of a file stay together, as they share what is made for them.
 PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 # What CPU kernels compute, once more as older CPUs run them.
-VALUES := -m values -k "cpu or convolution or ulp or big" tests/ops
+VALUES := -m values -k "cpu or chroma or convolution or resample or ulp or big" tests/ops
 
 test: build lint
 	$(BIN)/python -m tests.simt
@@ -38,7 +38,8 @@ sanitize: build
 	PANSHARP_FAST_LIBRARIES=$(CURDIR)/build/sanitize/pansharp_fast SIMT_FLAGS="$(SANITIZE)" \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 $(PYTEST) tests/simt tests/ops/test_conformance.py \
-		tests/ops/test_cm3a.py tests/ops/test_convolution.py tests/ops/test_frequency_attention.py tests/ops/test_wavelet.py \
+		tests/ops/test_chroma.py tests/ops/test_cm3a.py tests/ops/test_convolution.py tests/ops/test_frequency_attention.py \
+		tests/ops/test_resample.py tests/ops/test_wavelet.py \
 		-k "not planted and not noticed and not triton and not process and not compile and not beyond and not in_memory"
 
 lint: build

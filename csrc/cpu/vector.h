@@ -133,6 +133,86 @@ PSF_INLINE void store_one(BFloat16* p, float v) {
   p->bits = static_cast<uint16_t>(v != v ? 0x7fc0u : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// The larger and the smaller of two; the second where one is NaN.
+template <class V>
+PSF_INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+PSF_INLINE V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+#if defined(__SSE2__)
+// GCC takes the choice above for two instructions.
+PSF_INLINE Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(
+      _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX__)
+  return reinterpret_cast<Floats>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return reinterpret_cast<Floats>(_mm_max_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b)));
+#endif
+}
+PSF_INLINE Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(
+      _mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX__)
+  return reinterpret_cast<Floats>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return reinterpret_cast<Floats>(_mm_min_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b)));
+#endif
+}
+#endif
+
+// Numbers of lanes, as shuffles take them.
+template <class I>
+constexpr I lane_list(int first, int step) {
+  I lanes{};
+  for (unsigned i = 0; i < sizeof(I) / sizeof(lanes[0]); ++i) lanes[i] = first + step * static_cast<int>(i);
+  return lanes;
+}
+template <class V, int size>
+struct Lanes;
+typedef int64_t Int64s __attribute__((vector_size(kBytes)));
+template <class V>
+struct Lanes<V, 4> {
+  using type = Int32s;
+};
+template <class V>
+struct Lanes<V, 8> {
+  using type = Int64s;
+};
+template <class V>
+using Index = typename Lanes<V, sizeof(V{}[0])>::type;
+
+// a[0] b[0] a[1] b[1] ...: the first and the second vector of it.
+template <class V>
+PSF_INLINE V interleave(V a, V b, int half) {
+  constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+  Index<V> first{}, second{};
+  for (int i = 0; i < lanes; ++i) {
+    first[i] = i / 2 + (i % 2) * lanes;
+    second[i] = first[i] + lanes / 2;
+  }
+  return half == 0 ? __builtin_shuffle(a, b, first) : __builtin_shuffle(a, b, second);
+}
+
+// Rows become columns.
+template <class V>
+PSF_INLINE void transpose(V (&rows)[sizeof(V) / sizeof(V{}[0])]) {
+  constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+  for (int round = 1; round < lanes; round *= 2) {
+    V next[lanes];
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = interleave(rows[i], rows[i + lanes / 2], 0);
+      next[2 * i + 1] = interleave(rows[i], rows[i + lanes / 2], 1);
+    }
+    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
+  }
+}
+
 PSF_INLINE Floats exponential(Floats x) { return exponential_of<Floats, Int32s>(x); }
 
 }  // namespace

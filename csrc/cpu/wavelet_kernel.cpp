@@ -14,26 +14,6 @@ namespace {
 
 using namespace psf::wavelet;
 
-template <class I>
-constexpr I lane_list(int first, int step) {
-  I lanes{};
-  for (unsigned i = 0; i < sizeof(I) / sizeof(lanes[0]); ++i) lanes[i] = first + step * static_cast<int>(i);
-  return lanes;
-}
-template <class V, int size>
-struct Lanes;
-typedef int64_t Int64s __attribute__((vector_size(kBytes)));
-template <class V>
-struct Lanes<V, 4> {
-  using type = Int32s;
-};
-template <class V>
-struct Lanes<V, 8> {
-  using type = Int64s;
-};
-template <class V>
-using Index = typename Lanes<V, sizeof(V{}[0])>::type;
-
 // Samples 0, 2, 4, ... and 1, 3, 5, ... of two adjacent vectors.
 template <class V>
 PSF_INLINE V evens(V a, V b) {
@@ -43,18 +23,6 @@ template <class V>
 PSF_INLINE V odds(V a, V b) {
   return __builtin_shuffle(a, b, lane_list<Index<V>>(1, 2));
 }
-// a[0] b[0] a[1] b[1] ...: the first and the second vector of it.
-template <class V>
-PSF_INLINE V interleave(V a, V b, int half) {
-  constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
-  Index<V> first{}, second{};
-  for (int i = 0; i < lanes; ++i) {
-    first[i] = i / 2 + (i % 2) * lanes;
-    second[i] = first[i] + lanes / 2;
-  }
-  return half == 0 ? __builtin_shuffle(a, b, first) : __builtin_shuffle(a, b, second);
-}
-
 // For x in [0, n): low(x) = sum_t wl[t] src[t][x] and, where kSums is 2, high(x) = sum_t wh[t] src[t][x]. The sink
 // takes pairs of adjacent vectors, sink.pair(x, low0, low1, high0, high1) with even x, and single values, sink.one(x,
 // low, high); it may be given a pair twice. kTerms fixes the number of terms at compile time where it is not 0. The

@@ -1,7 +1,7 @@
 """How a sensor sees a scene: `ms_b = sample(mtf_b(move(x_b, d_b)), ratio, phase)`, and the way back.
 
-All of it is linear and separable: an image is multiplied by a banded matrix along each axis, so that blur, displacement
-and sampling are one step, exact at any fraction of a pixel, and gradients flow through the images.
+All of it is linear and separable: an image is multiplied by a banded matrix along each axis (`ops.resample`), so that
+blur, displacement and sampling are one step, exact at any fraction of a pixel, and gradients flow through the images.
 
 Conventions. `ratio` is PAN pixels per MS pixel, any real number. `phase` is the PAN index of the first MS pixel's
 centre: (ratio - 1) / 2 where pixel areas are aligned (GeoTIFF), ratio / 2 in PanCollection and toolbox files. `d` is
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
+from ..reference.resample import Banded
 from .grid import Both, both, both_ratios, default_phase
 from .resample import TAPS, check_image, cubic
 
@@ -74,28 +75,64 @@ def _cubic(t: np.ndarray) -> np.ndarray:
     return cubic(torch.from_numpy(t)).numpy()
 
 
-@functools.lru_cache(maxsize=256)
-def _matrix(count: int, start: float, step: float, length: int, sigma: float | str | None) -> Tensor:
-    """[count, length] float64: row i weighs `length` pixels around position start + i * step; rows add up to 1.
+def _kernel(sigma: float | str | None) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
+    """Reach in pixels, and weight at a distance, of interpolation, of "cubic", or of a Gaussian of `sigma` pixels."""
+    if sigma is None:
+        return REACH, _interpolation
+    if isinstance(sigma, str):
+        return 2, _cubic
+    return math.ceil(CUT * sigma), lambda t: np.exp(-0.5 * (t / sigma) ** 2)
 
-    Interpolation, cubic interpolation ("cubic"), or a Gaussian of `sigma` pixels. Beyond its border an image repeats
+
+def _band(
+    count: int, start: float, step: float, length: int, sigma: float | str | None, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """First pixels [count] and weights [count, taps]: sample i weighs `length` pixels around start + i * step.
+
+    Weights add up to 1, and there are `most` or `length` taps, whatever is less. Beyond its border an image repeats
     its last pixel; for "cubic" there is nothing.
     """
-    if sigma is None:
-        reach, kernel = REACH, _interpolation
-    elif isinstance(sigma, str):
-        reach, kernel = 2, _cubic
-    else:
-        reach, kernel = math.ceil(CUT * sigma), lambda t: np.exp(-0.5 * (t / sigma) ** 2)
+    reach, kernel = _kernel(sigma)
     position = start + step * np.arange(count)
     index = np.floor(position).astype(np.int64)[:, None] + np.arange(1 - reach, reach + 1)
     weight = kernel(index - position[:, None])
     if sigma == "cubic":
         weight *= (index >= 0) & (index < length)
     weight /= weight.sum(1, keepdims=True)
-    matrix = np.zeros((count, length))
-    np.add.at(matrix, (np.arange(count)[:, None], index.clip(0, length - 1)), weight)
-    return torch.from_numpy(matrix)
+    taps = min(most, length)
+    first = index[:, 0].clip(0, length - taps)
+    out = np.zeros((count, taps))
+    np.add.at(out, (np.arange(count)[:, None], index.clip(0, length - 1) - first[:, None]), weight)
+    return first, out
+
+
+@functools.lru_cache(maxsize=32)
+def _banded(
+    starts: tuple[tuple[float, ...], ...],
+    sigmas: tuple[float | str | None, ...],
+    count: int,
+    step: float,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Banded:
+    """The matrices along one axis for `ops.resample`; one for everything where all are the same.
+
+    Args:
+        starts: position of the first sample, for each image its bands'.
+        sigmas: of the bands, as `_kernel` takes them.
+        count, step, length: as `_band`.
+        dtype, device: of the weights.
+    """
+    if len({*starts}) == len({*starts[0]}) == len({*sigmas}) == 1:
+        starts, sigmas = ((starts[0][0],),), sigmas[:1]
+    most = 2 * max(_kernel(sigma)[0] for sigma in sigmas)
+    pairs = [pair for image in starts for pair in zip(image, sigmas, strict=True)]
+    bands = [_band(count, place, step, length, sigma, most) for place, sigma in pairs]
+    first, weight = (
+        np.stack(part).reshape(len(starts), len(sigmas), *part[0].shape) for part in zip(*bands, strict=True)
+    )
+    return torch.from_numpy(first).to(device), torch.from_numpy(weight).to(device, dtype)
 
 
 def _starts(d: Tensor | None, bands: int) -> np.ndarray:
@@ -111,24 +148,15 @@ def _starts(d: Tensor | None, bands: int) -> np.ndarray:
 def _apply(
     x: Tensor, size: tuple[int, int], start: np.ndarray, step: tuple[float, float], sigma: np.ndarray | str | None
 ) -> Tensor:
-    """[B,C,H,W] sampled at rows and columns start + i * step; start [B or 1, C, 2], sigma [C, 2] or as `_matrix`."""
+    """[B,C,H,W] sampled at rows and columns start + i * step; start [B or 1, C, 2], sigma [C, 2] or as `_kernel`."""
     check_image("x", x)
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    axes = []
     for axis in (0, 1):
-        length = x.shape[2 + axis]
-        stacks = []
-        for image in start:
-            rows = []
-            for band, place in enumerate(image):
-                width = float(sigma[band, axis]) if isinstance(sigma, np.ndarray) else sigma
-                rows.append(_matrix(size[axis], float(place[axis]), step[axis], length, width))
-            stacks.append(rows)
-        alike = all(row is stacks[0][0] for rows in stacks for row in rows)
-        # One matrix for everything, or one a band.
-        matrix = stacks[0][0] if alike else torch.stack([torch.stack(rows) for rows in stacks])
-        matrix = matrix.to(wide)
-        wide = matrix @ wide if axis == 0 else wide @ matrix.transpose(-1, -2)
-    return wide.to(x.dtype)
+        starts = tuple(tuple(image[:, axis].tolist()) for image in start)
+        sigmas = tuple(sigma[:, axis].tolist()) if isinstance(sigma, np.ndarray) else (sigma,) * x.shape[1]
+        axes.append(_banded(starts, sigmas, size[axis], step[axis], x.shape[2 + axis], wide, x.device))
+    return ops.resample(x, axes[0], axes[1])
 
 
 def resample(x: Tensor, size: tuple[int, int], start: Tensor | None, step: Both) -> Tensor:
@@ -266,18 +294,8 @@ def hold_chroma(x: Tensor, start: Tensor, up: Tensor, ratio: Both) -> Tensor:
         up: [B, C, H, W], MS on that grid; one MS pixel around counts as near.
         ratio: PAN pixels per MS pixel.
     """
-    reach = [round(value) for value in both(ratio)]
-
-    def highest(chroma: Tensor) -> Tensor:
-        for axis, far in enumerate(reach):  # one axis after the other
-            window, padding = [1, 1], [0, 0]
-            window[axis], padding[axis] = 2 * far + 1, far
-            chroma = F.max_pool2d(chroma, window, stride=1, padding=padding)
-        return chroma
-
-    change, before, known = (image - image.mean(1, keepdim=True) for image in (x, start, up))
-    high, low = torch.maximum(highest(known), before), torch.minimum(-highest(-known), before)
-    return x + (torch.minimum(torch.maximum(change, low), high) - change)
+    rows, columns = both(ratio)
+    return ops.hold_chroma(x, start, up, (round(rows), round(columns)))
 
 
 def back_project(

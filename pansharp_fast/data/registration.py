@@ -30,6 +30,8 @@ from .sensors import Sensor, get_sensor
 
 #: MS pixels within which a displacement is looked for, by default and at most.
 REACH, MAX_REACH = 2.0, 16.0
+#: Values of windows that are scored at once, as many as the cache holds.
+_AT_ONCE = 1 << 18
 #: Side of a window in MS pixels; how many windows of a scene are measured, and how many of them searched, at most.
 WINDOW, MAX_WINDOWS, MAX_SEARCHED = 64, 36, 9
 #: A band of confidence up to LOW follows the others, one of HIGH stands for itself; linear in between. A band that is
@@ -269,40 +271,54 @@ class _Windows:
             high = ms_image[None] - blur(ms_image[None], _DETAIL)
             bands_ms.append(high[0])
             # A sample counts where everything that it saw is valid.
-            bad = F.max_pool2d((~torch.from_numpy(pan_valid)).float()[None, None], 5, stride=1, padding=2)
+            good = _far_from_void(torch.from_numpy(pan_valid)[None], 5)[0]
             at = [
                 (p + every * torch.arange(c)).round().long().clamp(0, s - 1)
                 for p, c, s in zip(phase, count, size, strict=True)
             ]
-            mask = bad[0, 0][at[0]][:, at[1]][cut:-cut, cut:-cut] == 0
-            wide = 2 * (math.ceil(reach) + 2) + 1
-            bad = F.max_pool2d((~torch.from_numpy(ms_valid)).float()[None], wide, stride=1, padding=wide // 2)[0]
-            inner = bad[:, far:-far, far:-far] == 0
+            mask = good[at[0]][:, at[1]][cut:-cut, cut:-cut]
+            inner = _far_from_void(torch.from_numpy(ms_valid), 2 * (math.ceil(reach) + 2) + 1)[:, far:-far, far:-far]
             mask = mask & inner.repeat_interleave(fine, 1).repeat_interleave(fine, 2)
             masks.append(mask.float())
             self.used.append(number)
         self.low, self.ms, self.mask = torch.stack(lows), torch.stack(bands_ms), torch.stack(masks)
         self.far, self.sigma = far, float(fine)
-        self.mean = blur(self.low, self.sigma)
-        self.variance = (blur(self.low**2, self.sigma) - self.mean**2).clamp_min(0)
+        self.mean, self.variance = _moments(self.low, self.sigma)
+        #: What a product of variances needs to count as contrast.
         self.floor = 1e-9 * self.variance.mean((0, 2, 3), keepdim=True)
+        self.floor = self.floor * _moments(self.ms, 1.0)[1].mean((0, 2, 3), keepdim=True)
 
     def score(self, d: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted squared correlation and weights of displacement d [C, 2] MS pixels, summed: each [N, C]."""
-        size = (self.low.shape[2], self.low.shape[3])
+        count = max(1, _AT_ONCE // self.low[0].numel())
+        parts = [self._score(slice(start, start + count), d) for start in range(0, len(self.low), count)]
+        total, weight = (torch.cat(part) for part in zip(*parts, strict=True))
+        return total, weight
+
+    def _score(self, some: slice, d: Tensor) -> tuple[Tensor, Tensor]:
+        """`score` of some of the windows."""
+        low = self.low[some]
         # On MS's own grid ratio is 1: lattice sample i of a window lies at MS pixel far + i / fine.
-        moved = _lattice(self.ms, size, d, self.far, self.fine)
-        mean = blur(moved, self.sigma)
-        variance = (blur(moved**2, self.sigma) - mean**2).clamp_min(0)
-        covariance = blur(self.low * moved, self.sigma) - self.mean * mean
-        product = self.variance * variance
-        weight = product.sqrt() * self.mask
-        squared = covariance**2 / (product + self.floor * variance.mean((0, 2, 3), keepdim=True)).clamp_min(1e-30)
-        return (squared.clamp(max=1) * weight).sum((2, 3)).double(), weight.sum((2, 3)).double()
+        moved = resample(self.ms[some], (low.shape[2], low.shape[3]), self.far + d, 1 / self.fine)
+        mean, variance = _moments(moved, self.sigma)
+        covariance = blur(low * moved, self.sigma) - self.mean[some] * mean
+        product = self.variance[some] * variance
+        weight = product.sqrt() * self.mask[some]
+        squared = (covariance.square() / (product + self.floor).clamp_min(1e-30)).clamp(max=1)
+        return (squared * weight).sum((2, 3)).double(), weight.sum((2, 3)).double()
 
 
-def _lattice(ms: Tensor, size: tuple[int, int], d: Tensor, far: int, fine: int) -> Tensor:
-    return resample(ms, size, far + d, 1 / fine)
+def _moments(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """Local mean and variance."""
+    mean = blur(x, sigma)
+    return mean, (blur(x.square(), sigma) - mean.square()).clamp_min(0)
+
+
+def _far_from_void(valid: Tensor, side: int) -> Tensor:
+    """[C, H, W] bool: where no pixel of a square around is invalid."""
+    if bool(valid.all()):
+        return valid
+    return F.max_pool2d((~valid).float()[None], side, stride=1, padding=side // 2)[0] == 0
 
 
 def _filled(values: Tensor, valid: Tensor) -> Tensor:

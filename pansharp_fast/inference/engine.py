@@ -89,7 +89,7 @@ def _finish(
 ) -> tuple[Tensor, Tensor]:
     """Back-projection and frame; the part that is written, [C, H, W] and its validity."""
     image = placed.back_project(image, steps, floors)
-    usable, left = placed.usable(), placed.ms - placed.observe(image)
+    usable, left = placed.usable, placed.ms - placed.observe(image)
     for axis, written in ((2, row.written), (3, column.written)):
         place = placed.phase[axis - 2] + placed.ratio[axis - 2] * torch.arange(left.shape[axis])
         inside = (place >= written.start) & (place < written.stop)
@@ -101,7 +101,7 @@ def _finish(
     if job.frame == "ms":
         image, valid = placed.to_ms_frame(image), placed.valid_in_ms_frame()
     else:
-        valid = placed.valid()
+        valid = placed.valid
     return image[0, :, row.written, column.written], valid[row.written, column.written]
 
 
@@ -151,7 +151,7 @@ class ClassicalEngine:
         for top, left in itertools.product(*starts):
             window = (top, left, min(SAMPLE, source.height - top), min(SAMPLE, source.width - left))
             placed = self.job.place(window, self.means)
-            if float(placed.valid().float().mean()) > 0.25:
+            if float(placed.valid.float().mean()) > 0.25:
                 floors: list[Tensor] = []
                 placed.back_project(self._fuse(placed), "auto", floors)
                 found.append(torch.stack(floors))
@@ -165,7 +165,7 @@ class ClassicalEngine:
     def tile(self, row: Span, column: Span) -> tuple[Tensor | None, Tensor]:
         """Result [C, H, W] of what a tile writes and where it holds data [H, W]; None where it does nowhere."""
         job, placed = self.job, self.job.place(_span(row, column), self.means)
-        if not bool(placed.valid()[row.written, column.written].any()) and job.frame == "pan":
+        if not bool(placed.valid[row.written, column.written].any()) and job.frame == "pan":
             return None, torch.zeros(row.stop - row.start, column.stop - column.start, dtype=torch.bool)
         return _finish(job, placed, self._fuse(placed), row, column, job.back_projection, self.floors)
 
@@ -210,7 +210,7 @@ def first_pass(job: Job, method: str) -> tuple[classical.Statistics, Means]:
             inside.append((begin - start[axis], end - start[axis]))
         placed = job.place((start[0], start[1], stop[0] - start[0], stop[1] - start[1]))
         inner = (slice(*inside[0], every), slice(*inside[1], every))
-        valid = placed.valid()[inner]
+        valid = placed.valid[inner]
         for number, (values, mask) in enumerate(
             [(placed.pan[0, 0], placed.pan_valid), *zip(placed.ms[0], placed.ms_valid, strict=True)]
         ):
@@ -307,7 +307,7 @@ class NetworkEngine:
         job = self.job
         top, left, height, width = _span(row, column)
         placed = job.place((top, left, -(-height // RATIO) * RATIO, -(-width // RATIO) * RATIO))
-        if not bool(placed.valid()[row.written, column.written].any()) and job.frame == "pan":
+        if not bool(placed.valid[row.written, column.written].any()) and job.frame == "pan":
             return None, torch.zeros(row.stop - row.start, column.stop - column.start, dtype=torch.bool)
         ms = placed.up(every=RATIO, first=self.phase)
         result = self.sharpener(placed.pan, ms, (top, left)).cpu()
@@ -347,7 +347,7 @@ class RegisteredEngine:
     def tile(self, row: Span, column: Span) -> tuple[Tensor | None, Tensor]:
         """As `ClassicalEngine.tile`."""
         job, placed = self.job, self.job.place(_span(row, column), self.means)
-        if not bool(placed.valid()[row.written, column.written].any()) and job.frame == "pan":
+        if not bool(placed.valid[row.written, column.written].any()) and job.frame == "pan":
             return None, torch.zeros(row.stop - row.start, column.stop - column.start, dtype=torch.bool)
         grid: dict[str, Any] = {"ratio": placed.ratio, "phase": placed.phase, "d": placed.d}
         ms = placed.ms

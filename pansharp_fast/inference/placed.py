@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,17 +107,19 @@ class Placed:
         pan_values, ms_values = (torch.from_numpy(np.ascontiguousarray(x, np.float32)) for x in (pan, ms))
         if means is None:
             means = Means(_means(pan_values, self.pan_valid[None]), _means(ms_values, self.ms_valid))
-        pan_values = fill(pan_values, self.pan_valid[None], means.pan)
-        ms_values = fill(ms_values, self.ms_valid, means.ms)
-        self.pan = _repeat_border(pan_values, (top, left), (source.height, source.width))[None]
         self._first, self._ms_size = first, (source.ms_height, source.ms_width)
-        self.ms = _repeat_border(ms_values, first, self._ms_size)[None]
+        self.pan = _whole(pan_values, self.pan_valid[None], means.pan, (top, left), (source.height, source.width))[None]
+        self.ms = _whole(ms_values, self.ms_valid, means.ms, first, self._ms_size)[None]
+        self._all_valid = bool(self.pan_valid.all()), bool(self.ms_valid.all())
 
     @property
     def largest(self) -> float:
         """Largest value with data."""
-        parts = (self.pan[0][self.pan_valid[None]], self.ms[0][self.ms_valid])
-        return max((float(part.max()) for part in parts if part.numel()), default=0.0)
+        parts = ((self.pan[0], self.pan_valid[None]), (self.ms[0], self.ms_valid))
+        return max(
+            (float(torch.where(valid, values, -torch.inf).max()) for values, valid in parts if bool(valid.any())),
+            default=0.0,
+        )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -164,11 +167,13 @@ class Placed:
             x, (self.ms.shape[2], self.ms.shape[3]), gains=self.gains, ratio=self.ratio, phase=self.phase, d=self.d
         )
 
+    @functools.cached_property
     def valid(self) -> Tensor:
         """[H, W]: where PAN holds data, and every band at the place that belongs there."""
         out = self.pan_valid.clone()
         for band, place in enumerate(self.d):
-            out &= self._band_valid(band, place, self.bend)
+            if not self._all_valid[1]:
+                out &= self._band_valid(band, place, self.bend)
         return out
 
     def valid_in_ms_frame(self) -> Tensor:
@@ -197,10 +202,9 @@ class Placed:
         )
         return self.ms_valid[band][row, column]
 
+    @functools.cached_property
     def usable(self) -> Tensor:
         """[1, C, h, w] bool: MS pixels that hold data and see nothing but PAN pixels that do, inside the window."""
-        cover = self.pan_valid.float()[None, None]
-        lost = F.max_pool2d(1 - cover, 3, stride=1, padding=1)
         out = self.ms_valid.clone()
         for axis, length in enumerate(self.size):
             place = self.phase[axis] + self.ratio[axis] * torch.arange(self.ms_valid.shape[1 + axis])
@@ -208,7 +212,8 @@ class Placed:
                 where = place - float(self.d[band, axis])
                 inside = (where >= -0.5) & (where <= length - 0.5)
                 out[band] &= inside[:, None] if axis == 0 else inside
-        if bool(lost.any()):
+        if not self._all_valid[0]:
+            lost = F.max_pool2d(1 - self.pan_valid.float()[None, None], 3, stride=1, padding=1)
             seen = observe(
                 lost.expand(-1, len(out), -1, -1),
                 (self.ms.shape[2], self.ms.shape[3]),
@@ -231,7 +236,7 @@ class Placed:
         count = AUTO_STEPS if steps == "auto" else int(steps)
         if not count:
             return x
-        usable, floors, start = self.usable(), [] if floors is None else floors, x
+        usable, floors, start = self.usable, [] if floors is None else floors, x
         for step in range(count):
             residual = torch.where(usable, self.ms.to(x) - self.observe(x), 0)
             if steps == "auto":
@@ -248,13 +253,22 @@ class Placed:
         return moved if self.bend is None else _bent(moved, -self.bend)
 
 
+def _whole(values: Tensor, valid: Tensor, means: Tensor, first: Sequence[int], size: Sequence[int]) -> Tensor:
+    """[C, h, w] from pixel `first` of an image of `size` on, filled; what lies beyond the image repeats its border."""
+    rows, columns = (slice(max(0, -start), max(0, length - start)) for start, length in zip(first, size, strict=True))
+    inside = valid[:, rows, columns]
+    if not (inside.numel() and bool(inside.all())):
+        values = fill(values, valid, means)
+    return _repeat_border(values, first, size)
+
+
 def _repeat_border(values: Tensor, first: Sequence[int], size: Sequence[int]) -> Tensor:
     """[C, h, w] from pixel `first` of an image of `size` on: what lies beyond the image repeats its border."""
-    rows, columns = (
-        torch.arange(start, start + have).clamp(0, length - 1).sub(start).clamp(0, have - 1)
-        for start, have, length in zip(first, values.shape[1:], size, strict=True)
-    )
-    return values[:, rows][:, :, columns]
+    for axis, (start, have, length) in enumerate(zip(first, values.shape[1:], size, strict=True), 1):
+        if start < 0 or start + have > length:
+            place = torch.arange(start, start + have).clamp(0, length - 1).sub(start).clamp(0, have - 1)
+            values = values.index_select(axis, place)
+    return values
 
 
 def _nearest(place: Tensor) -> Tensor:

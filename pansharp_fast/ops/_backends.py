@@ -41,12 +41,14 @@ class Support:
     """What one backend of one operator takes.
 
     devices: torch device types. dtypes: of the tensors. check: further reasons against a call, from the operator's
-    options (keyword arguments that the operator passes to `select`).
+    options (keyword arguments that the operator passes to `select`). kernel: operator half that the library must hold,
+    as one that was built before it was written does not.
     """
 
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     check: Callable[..., list[str]] | None = None
+    kernel: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,12 @@ def unavailable(backend: str) -> str | None:
     raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
 
+@traced_as_constant
+def _holds(kernel: str, backend: str) -> bool:
+    """Whether the loaded library of `backend` implements an operator half."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pansharp_fast::{kernel}", backend.upper())
+
+
 def reasons(operator: Operator, backend: str, tensors: Sequence[torch.Tensor], **options: Any) -> list[str]:
     """Every reason against running `operator` on `backend` with these tensors; empty means it can run."""
     if backend not in BACKENDS:
@@ -162,6 +170,8 @@ def reasons(operator: Operator, backend: str, tensors: Sequence[torch.Tensor], *
     missing = unavailable(backend)
     if missing is not None:
         found.append(missing)
+    elif support.kernel is not None and not _holds(support.kernel, backend):
+        found.append(f"the library was built before {support.kernel} was written (run `pip install .` again)")
     devices = support.devices + (("cpu",) if backend == "triton" and interpreting() else ())
     for tensor in tensors:
         if tensor.device.type not in devices:
@@ -180,6 +190,12 @@ def reasons(operator: Operator, backend: str, tensors: Sequence[torch.Tensor], *
     if failure is not None:
         found.append(failure)
     return found
+
+
+def no_gradient(*tensors: torch.Tensor) -> list[str]:
+    """`Support.check` of a kernel for inference."""
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return ["gradients: expected none to be wanted, got a tensor that requires one"] if wanted else []
 
 
 def autocasting(tensor: torch.Tensor) -> bool:

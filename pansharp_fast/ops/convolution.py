@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _library
-from ._backends import FLOATING, Operator, Sample, Support, cast, plainly, register, select
+from ._backends import FLOATING, Operator, Sample, Support, cast, no_gradient, plainly, register, select
 
 
 def conv3x3(
@@ -128,11 +128,6 @@ def _check(
             raise ValueError(f"residual: expected the dtype of x {x.dtype}, got {residual.dtype}")
 
 
-def _no_gradient(*tensors: Tensor) -> list[str]:
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return ["gradients: expected none to be wanted, got a tensor that requires one"] if wanted else []
-
-
 def _forward_fake(
     x: Tensor,
     weight: Tensor,
@@ -200,7 +195,7 @@ OPERATOR = register(
     Operator(
         name="conv3x3",
         support={
-            "cpu": Support(devices=("cpu",), dtypes=_KERNEL, check=_no_gradient),
+            "cpu": Support(devices=("cpu",), dtypes=_KERNEL, check=no_gradient),
             "reference": Support(devices=("cpu", "cuda", "xpu", "mps", "meta"), dtypes=FLOATING),
         },
         samples=_samples,

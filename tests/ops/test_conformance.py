@@ -21,7 +21,14 @@ from tests.support.backends import device_of, parameters
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: In units of rounding, what is luck forward and backward: sums over few values, sums of large terms that cancel.
-FLOORS = {"cm3a": (2.0, 2.0), "frequency_attention": (1.0, 4.0), "norm": (2.0, 2.0), "wavelet": (0.25, 0.375)}
+FLOORS = {
+    "cm3a": (2.0, 2.0),
+    "frequency_attention": (1.0, 4.0),
+    "hold_chroma": (0.25, 0.25),
+    "norm": (2.0, 2.0),
+    "resample": (0.25, 0.25),
+    "wavelet": (0.25, 0.375),
+}
 #: Of Winograd's transforms, where plain PyTorch multiplies: in float32 whatever the dtype.
 WINOGRAD = 25 * torch.finfo(torch.float32).eps
 
