@@ -146,6 +146,11 @@ def _modulation(detailed: Tensor, low: Tensor) -> Tensor:
     return _quotient(detailed, low).clamp(0, 5)
 
 
+def _combination(weights: Tensor, bands: Tensor) -> Tensor:
+    """[B, 1, H, W]: sum of bands [B, C, H, W], each by its weight [B, C, 1, 1], in one pass."""
+    return (weights.flatten(1)[:, None] @ bands.flatten(2)).unflatten(2, bands.shape[2:])
+
+
 def exp(piece: Piece, s: Statistics) -> Tensor:
     """Up-sampled MS without any detail of PAN, the field's EXP."""
     return piece.up
@@ -195,8 +200,8 @@ def bt_h(piece: Piece, s: Statistics) -> Tensor:
     weights, offset, gain, shift, haze, haze_pan = (
         x.to(piece.up) for x in (weights, offset, gain, shift, haze, haze_pan)
     )
-    intensity = (weights * piece.up).sum(1, keepdim=True) + (offset - haze_pan)
-    return (piece.up - haze) * _modulation(piece.pan * gain + shift, intensity) + haze
+    intensity = _combination(weights, piece.up) + (offset - haze_pan)
+    return torch.addcmul(haze, piece.up - haze, _modulation(piece.pan * gain + shift, intensity))
 
 
 def mtf_glp_hpm(piece: Piece, s: Statistics) -> Tensor:

@@ -174,7 +174,8 @@ def to_pixels(
             pixels[np.abs(pixels - nodata) <= near] = above or np.finfo(dtype).smallest_subnormal
     else:
         limits = np.iinfo(dtype)
-        pixels = values.astype(np.float64).round().clip(limits.min, limits.max).astype(dtype)
+        wide = values if dtype.itemsize < 4 else values.astype(np.float64)  # float32 has not all numbers of 32 bits
+        pixels = np.rint(wide).clip(limits.min, limits.max).astype(dtype)
         if nodata is not None:
             pixels[pixels == nodata] = int(nodata) + (1 if nodata < limits.max else -1)
     if nodata is not None:
