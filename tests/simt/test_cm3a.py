@@ -5,6 +5,7 @@ import torch
 
 from pansharp_fast import reference
 from tests import simt
+from tests.ops.test_conformance import cotangents, judge, samples
 from tests.simt import ORDERS
 
 FAULTS = {
@@ -96,6 +97,18 @@ def test_agrees_with_reference(ops, shape, heads, window, learned, channels_last
     factor = 3 if window == 3 or not learned else 3.5
     for ours, plain in zip(error(got_grads, grads), error(plain_grads, grads), strict=True):
         assert ours <= factor * max(plain, floor)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_few_values_by_the_rule_for_gpus(ops, number):
+    """The operator's own samples of one pixel: truncated sums that cancel."""
+    few = [each for each in samples("cm3a", "cpu", torch.float32) if each.tensors[0].shape[-2:].numel() == 1]
+    sample = [each for each in few if len(each.tensors) > 5][number]
+    heads, window = (sample.run.keywords[name] for name in ("num_heads", "window"))
+    tensors, factor = sample.tensors[:5], sample.tensors[5:]
+    gradients = cotangents(tensors[:2])
+    options = heads, window, (tensors[0].shape[1] // heads) ** -0.5, "channels_last=True" in sample.name
+    judge("cm3a", sample, run(ops, tensors, *factor, gradients, *options), True, tensor_cores=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
