@@ -101,8 +101,11 @@ def _band(
     weight /= weight.sum(1, keepdims=True)
     taps = min(most, length)
     first = index[:, 0].clip(0, length - taps)
-    out = np.zeros((count, taps))
-    np.add.at(out, (np.arange(count)[:, None], index.clip(0, length - 1) - first[:, None]), weight)
+    out, place = np.zeros((count, taps)), index.clip(0, length - 1) - first[:, None]
+    np.put_along_axis(out, place, weight, 1)
+    beyond = np.flatnonzero((index[:, 0] < 0) | (index[:, -1] >= length))  # several weights for a pixel of the border
+    out[beyond] = 0
+    np.add.at(out, (beyond[:, None], place[beyond]), weight[beyond])
     return first, out
 
 

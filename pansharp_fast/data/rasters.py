@@ -150,7 +150,7 @@ class _Raster:
                         "(nodata nan takes NaN as nodata)"
                     )
             valid &= finite
-        values = np.where(valid, raw, 0).astype(np.float32)
+        values = (raw if valid.all() else np.where(valid, raw, 0)).astype(np.float32)
         within = inside[0][:, None] & inside[1]
         if values.shape[1:] == (height, width) and not any(self.flip):  # nothing to repeat or turn
             return values, valid & within

@@ -300,12 +300,14 @@ class _Windows:
         low = self.low[some]
         # On MS's own grid ratio is 1: lattice sample i of a window lies at MS pixel far + i / fine.
         moved = resample(self.ms[some], (low.shape[2], low.shape[3]), self.far + d, 1 / self.fine)
-        mean, variance = _moments(moved, self.sigma)
-        covariance = blur(low * moved, self.sigma) - self.mean[some] * mean
-        product = self.variance[some] * variance
-        weight = product.sqrt() * self.mask[some]
-        squared = (covariance.square() / (product + self.floor).clamp_min(1e-30)).clamp(max=1)
-        return (squared * weight).sum((2, 3)).double(), weight.sum((2, 3)).double()
+        together = blur(torch.cat([moved, moved.square(), low * moved]), self.sigma)
+        mean, square, product = together.split(len(low))
+        variance = torch.addcmul(square, mean, mean, value=-1).clamp_min_(0)
+        covariance = torch.addcmul(product, self.mean[some], mean, value=-1)
+        contrast = variance.mul_(self.variance[some])
+        weight = contrast.sqrt().mul_(self.mask[some])
+        squared = covariance.square_().div_(contrast.add_(self.floor).clamp_min_(1e-30)).clamp_(max=1)
+        return squared.mul_(weight).sum((2, 3)).double(), weight.sum((2, 3)).double()
 
 
 def _moments(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
