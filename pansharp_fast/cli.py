@@ -528,6 +528,7 @@ def _band_names(_ctx: click.Context, _param: click.Parameter, value: str | None)
 @_precision_option
 @_sampling_options
 @click.option("--overwrite", is_flag=True, help="Replace results of other settings in DIR.")
+@click.option("--local-only", is_flag=True, help="Refuse sources that need a network or run code.")
 @click.option("--quiet", is_flag=True, help="No progress bar, no tables.")
 def evaluate(out: str, shift_test: bool, shift_scenes: int, quiet: bool, **options: Any) -> None:
     """Measure models and classical methods; write tables, pictures and a page to DIR.

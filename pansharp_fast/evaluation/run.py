@@ -15,6 +15,7 @@ import torch
 from .. import __version__
 from ..baselines import BASELINES
 from ..data import Sensor, get_sensor
+from ..data.sources import check_local
 from ..files import atomic, check_folder
 from ..metrics.measures import FULL, MEASURES, REDUCED, SHIFTED, Result
 from ..options import precision as precision_name
@@ -98,6 +99,7 @@ def evaluate(
     precision: str = "float32",
     sampling: Sampling | None = None,
     overwrite: bool = False,
+    local_only: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure methods on a data set (`data`) or a pair of rasters (`pan`, `ms`), and write a report.
@@ -133,6 +135,7 @@ def evaluate(
         device, precision: of the networks, as in `pansharp_fast.sharpen`.
         sampling: how diffusion models sample; None is `Sampling()`.
         overwrite: replace results of other settings in `out`.
+        local_only: refuse rasters that are not local files.
         progress: called with (done, total).
 
     Returns:
@@ -148,6 +151,10 @@ def evaluate(
     for name in baselines:
         if name not in BASELINES:
             raise ValueError(f"baselines: expected all or some of {', '.join(BASELINES)}, got {name!r}")
+    if local_only:
+        for name, raster in (("PAN", pan), ("MS", ms)):
+            if raster is not None:
+                check_local(name, raster)
     source, sensor, peak = _open(data, pan, ms, crop, nodata, bands, sensor, peak)
     with source:
         protocols = tuple(protocols or source.default)

@@ -433,6 +433,16 @@ def test_sensor_is_the_one_that_the_file_names(rr, tmp_path):
     assert misnamed["settings"]["sensor"] == "default"
 
 
+def test_local_files_alone(pair, tmp_path):
+    with pytest.raises(ValueError, match=r"MS: expected local files, got .*\(local_only\)"):
+        evaluate(tmp_path / "out", pan=pair["pan"], ms="/vsicurl/http://localhost:9/ms.tif", local_only=True)
+    assert not (tmp_path / "out").exists()
+    arguments = ["evaluate", "--local-only", "--pan", "/vsicurl/http://localhost:9/a.tif", "--ms", str(pair["ms"])]
+    result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "PAN: expected local files" in result.output
+
+
 def test_sensor_is_the_one_that_rasters_name(pair, tmp_path):
     rasterio = pytest.importorskip("rasterio")
     with rasterio.open(pair["ms"], "r+") as file:
