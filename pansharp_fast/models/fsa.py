@@ -7,6 +7,7 @@ the public release.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ..nn import Conv3x3, FrequencyAttention, WaveletAttention
 from ..nn.convolution import group_normed, joined_conv, norm_silu_conv, two_convolutions
 from ..nn.fused import fused
 from ..nn.plain import hooked, is_plain
+from ..nn.recompute import recomputed
 from ..options import PREDICTIONS, check_fields, expect
 from .condition import Condition, highpass, wavelet_condition
 from .prior import PriorConfig, PriorNet
@@ -302,13 +304,15 @@ class _TeacherBlock(nn.Module):
             # Who listens to a layer may keep what it sees, and what stands in its place may know no such argument.
             ours = is_plain(self.fourier_CA, FrequencyAttention) and not any(map(hooked, self.modules()))
             options = {"overwrite": True} if ours and _wavelet_blocks(self) else {}
-            y = self.fourier_CA(self.time_emd_block(x, time), **options)
+            y = self.time_emd_block(x, time)
+            first, second = self.cond_inj_qk_v, self.cond_inj_q_kv
+            steps: Any
             if isinstance(prepared, Tensor):  # the wavelets
-                y = self.cond_inj_qk_v(y, prepared, **options)
-                y = self.cond_inj_q_kv(y, prepared, **options)
+                steps = (self.fourier_CA, ()), (first, (prepared,)), (second, (prepared,))
             else:
-                y = self.cond_inj_qk_v.attend(y, prepared[0], **options)
-                y = self.cond_inj_q_kv.attend(y, prepared[1], **options)
+                steps = (self.fourier_CA, ()), (first.attend, prepared[:1]), (second.attend, prepared[1:])
+            for step, given in steps:
+                y = recomputed(functools.partial(step, **options), y, *given, random=True)
             x = self.attn_res(x) + y
         return self.attn(self.res_block(x, time))
 

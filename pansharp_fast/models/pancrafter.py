@@ -18,6 +18,7 @@ from ..data.grid import RATIO, check_pair
 from ..nn.cm3a import CM3A
 from ..nn.convolution import Conv3x3, LayerNorm, gpu_inference, joined_conv, mlp, norm_silu_conv, two_convolutions
 from ..nn.plain import hooked, is_plain, is_plain_conv, layers_of
+from ..nn.recompute import recomputed
 from ..ops import gated_sum, join
 from ..options import ATTENTION_KEYS, NEIGHBOURS, check_fields, expect
 
@@ -248,10 +249,18 @@ class AttnBlock(nn.Module):
             bias_a, bias_b = (each.bias for each in projections)
             x = gated_sum(x, *terms, bias_a=bias_a, bias_b=bias_b, gate_a=gate_ms, gate_b=gate_pan)
         else:
-            x_pan, x_ms = self.attn(self.norm(x), ms, lpan, pan, s)
-            x = torch.addcmul(x, gate_ms[:, :, None, None], x_ms)
-            x = torch.addcmul(x, gate_pan[:, :, None, None], x_pan)
-        return x + self.mlp(self.norm(x))
+            x = recomputed(self._attend, x, condition, gate_ms, gate_pan, s)
+        return x + recomputed(self._feed_forward, x)
+
+    def _attend(
+        self, x: Tensor, condition: tuple[Tensor, Tensor, Tensor], gate_ms: Tensor, gate_pan: Tensor, s: Tensor
+    ) -> Tensor:
+        x_pan, x_ms = self.attn(self.norm(x), *condition, s)
+        x = torch.addcmul(x, gate_ms[:, :, None, None], x_ms)
+        return torch.addcmul(x, gate_pan[:, :, None, None], x_pan)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm(x))
 
 
 class Down(nn.Module):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..ops._backends import interpreting, requested, transformed, unavailable
 from .plain import is_plain, is_plain_conv, pads_with_zeros, traced
+from .recompute import recomputed
 
 #: From these sizes on Winograd's fewer multiplications outweigh its transforms; with norm, activation and residual in
 #: the same pass fewer outputs suffice.
@@ -91,10 +92,7 @@ def norm_silu_conv(
     elif _joins(layers) and gpu_inference(x):
         return _finished(layers[-1], normalised(layers[0], x, modulation=modulation), shift, residual)
     else:
-        norm, *rest = layers
-        x = _modulated(norm, x, modulation)
-        for layer in rest:
-            x = layer(x)
+        x = recomputed(_in_turn, layers, x, modulation, random=any(isinstance(each, nn.Dropout) for each in layers))
     if shift is not None:
         x = x + shift[:, :, None, None]
     return x if residual is None else x + residual
@@ -149,6 +147,14 @@ def normalised(
     if isinstance(norm, nn.GroupNorm):
         return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, **options)
     return ops.layer_norm(x, norm.weight, norm.bias, **options)
+
+
+def _in_turn(layers: nn.Sequential, x: Tensor, modulation: tuple[Tensor, Tensor] | None) -> Tensor:
+    norm, *rest = layers
+    x = _modulated(norm, x, modulation)
+    for layer in rest:
+        x = layer(x)
+    return x
 
 
 def _finished(conv: Any, x: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -50,6 +50,7 @@ class TrainConfig:
     ema_start: int = key("step at which the moving average begins", 0)
     precision: str = key(PRECISION_HELP, "auto")
     channels_last: bool = key("memory format of the images", True)
+    recompute: bool = key("a third of the memory for more time: features are computed twice, not held", False)
     workers: int = key("processes that read samples; 0: the training process itself", 0)
     log_every: int = key("steps between lines of log.csv", 50)
     valid_every: int = key("steps between validations", 1000)

@@ -22,6 +22,7 @@ from .. import options
 from ..data.hdf5 import Epochs, PanCollection, Samples
 from ..data.sensors import get_sensor
 from ..files import atomic, check_folder
+from ..nn.recompute import recomputing
 from ..options import shortened
 from .checkpoint import load_optimizer, load_state, optimizer_tensors, save_state
 from .config import TrainConfig
@@ -211,7 +212,7 @@ class Trainer:
         torch.manual_seed(int(seed[0]))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        with self._autocast():
+        with self._autocast(), recomputing(self.config.recompute):
             scalars = self.recipe.loss(model, self._to_device(batch), self.step)
         self.optimizer.zero_grad(set_to_none=True)
         scalars["loss"].backward()
