@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..diffusion import Sampling
 
 #: GDAL's cache of blocks, MiB: holds the rows of blocks that a row of tiles reads, without growing with the scene.
-CACHE_MIB = 256
+CACHE_MIB = 160
 
 
 @dataclass(frozen=True)
