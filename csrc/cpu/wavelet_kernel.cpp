@@ -108,8 +108,10 @@ struct Split {
     store(high_odd + x / 2, odds(high0, high1));
   }
   void one(int64_t x, A l, A h) const {
-    (x % 2 ? low_odd : low_even)[x / 2] = l;
-    (x % 2 ? high_odd : high_even)[x / 2] = h;
+    // Halved by a shift: told to watch for overflow, GCC 12 takes x / 2 for 0 where x % 2 is.
+    const uint64_t at = static_cast<uint64_t>(x);
+    (at & 1 ? low_odd : low_even)[at >> 1] = l;
+    (at & 1 ? high_odd : high_even)[at >> 1] = h;
   }
 };
 
