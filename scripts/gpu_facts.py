@@ -661,7 +661,7 @@ class Facts:
         from pansharp_fast.models import load_model
 
         side = 1024 if not self.tiny else 64
-        model = load_model(ROOT / "recipes" / "universal" / "start.safetensors").to(self.device).eval()
+        model = load_model("universal").to(self.device).eval()
         pan, ms = (x.to(self.device) for x in self.random((1, 1, side, side), (1, 8, side // 4, side // 4)))
         pan, ms = 500 + 50 * pan, 500 + 50 * ms
         run = lambda: model.sharpen_registered(pan, ms, ratio=4, gains=[0.3] * 8)  # noqa: E731

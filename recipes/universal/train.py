@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.998, help="of the moving average")
     parser.add_argument("--epsilon", type=float, default=0.4, help="of the loss: errors far above it count linearly")
     parser.add_argument("--tilt", type=float, default=0.0, help="preference for patches whose truth holds more detail")
-    parser.add_argument("--init", type=Path, help="weights to start from, such as recipes/universal/start.safetensors")
+    parser.add_argument("--init", type=Path, help="weights to start from: a file or a name")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--band-depth", type=int, default=0)

@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from pansharp_fast.data.observation import blur, observe
+from pansharp_fast.demo import SCENES, SENSOR
+from pansharp_fast.evaluation.methods import parse
+from pansharp_fast.evaluation.run import measure
+from pansharp_fast.evaluation.scenes import Pair
 from pansharp_fast.models import load_model
+from pansharp_fast.models.checkpoint import WEIGHTS
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "universal"
 
@@ -87,7 +92,26 @@ def test_training_goes_on(simulate, tmp_path):
     assert whole["head.weight"].abs().max() > 0
 
 
-def test_checkpoint_to_go_on_from():
-    model = load_model(RECIPE / "start.safetensors")
-    assert model.architecture == "universal"
-    assert model.head.weight.abs().max() > 0
+def test_size_and_card():
+    assert (WEIGHTS / "universal.safetensors").stat().st_size < 8e6
+    card = (WEIGHTS / "universal.md").read_text()
+    for word in ("CC BY 4.0", "USDA", "Copernicus", "Riverside", "ERGAS", "GaoFen-2", "CM3A"):
+        assert word in card
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_shipped_weights_are_ahead_of_bt_h(number, tmp_path):
+    """On scenes of a sensor that they never saw, at reduced resolution."""
+    pytest.importorskip("rasterio")
+    pair = Pair.read(*(SCENES / f"scene{number}_{part}.tif" for part in ("pan", "ms")), SENSOR, nodata=0)
+    small = pair.reduced()
+    ours, bt_h = (
+        next(iter(parse([name], 4, {"device": "cpu", "precision": "float32", "peak": SENSOR.peak}).values()))
+        for name in ("registered universal", "registered bt-h")
+    )
+    errors = [
+        measure(method.run(small, "ms")[0], small, "reduced", SENSOR.peak, 9, ("SAM", "ERGAS"))
+        for method in (ours, bt_h)
+    ]
+    for name in ("SAM", "ERGAS"):
+        assert errors[0][name] < errors[1][name]
