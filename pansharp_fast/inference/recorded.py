@@ -74,8 +74,13 @@ class _Graph:
     def __init__(self, network: nn.Module, inputs: tuple[Tensor, ...], pool: Any) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.output = network(*self.inputs)
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # what autocast keeps of the weights is gone at its end
+        try:
+            with torch.no_grad(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                self.output = network(*self.inputs)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         for static, given in zip(self.inputs, inputs, strict=True):

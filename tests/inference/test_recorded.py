@@ -68,6 +68,21 @@ def test_recorded_is_the_network(graphs):
 
 
 @pytest.mark.gpu
+def test_casts_of_weights_are_part_of_the_graph(graphs):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(8, 8).to(DEVICE).eval()
+    recorded, x = Recorded(linear), torch.rand(4, 8, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for _ in range(2):
+            linear(x)  # autocast keeps the cast
+            recorded(x)
+    assert len(graphs) == 1
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        linear.weight.mul_(3)
+        torch.testing.assert_close(recorded(x), linear(x))
+
+
+@pytest.mark.gpu
 @torch.no_grad()
 def test_few_graphs_are_held(graphs):
     recorded = Recorded(network())
