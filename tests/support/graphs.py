@@ -19,6 +19,7 @@ class Recorder(TorchDispatchMode):
         self.calls.append((function, args, kwargs or {}, out))
         return out
 
+    @torch.no_grad()
     def replay(self):
         for function, args, kwargs, out in self.calls:
             for static, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
