@@ -197,11 +197,9 @@ def bt_h(piece: Piece, s: Statistics) -> Tensor:
     haze = s.haze[..., None, None].double()
     haze_pan = (weights * haze).sum(1, keepdim=True) + offset
     shift = mean - s.mean(c, c + 1) * gain - haze_pan
-    weights, offset, gain, shift, haze, haze_pan = (
-        x.to(piece.up) for x in (weights, offset, gain, shift, haze, haze_pan)
-    )
-    intensity = _combination(weights, piece.up) + (offset - haze_pan)
-    return torch.addcmul(haze, piece.up - haze, _modulation(piece.pan * gain + shift, intensity))
+    weights, gain, shift, haze = (x.to(piece.up) for x in (weights, gain, shift, haze))
+    above = piece.up - haze  # first, as the intensity above the haze is what is divided by
+    return torch.addcmul(haze, above, _modulation(piece.pan * gain + shift, _combination(weights, above)))
 
 
 def mtf_glp_hpm(piece: Piece, s: Statistics) -> Tensor:
