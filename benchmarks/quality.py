@@ -226,7 +226,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(METHODS), help="names, by commas")
-    parser.add_argument("--weights", nargs="*", default=["tiny"], help="weights, as methods")
+    parser.add_argument("--weights", nargs="*", default=["tiny", "registered universal"], help="weights, as methods")
     parser.add_argument("--cases", nargs="*", default=[*REDUCED, *FULL], help="pairs")
     parser.add_argument("--crops", type=Path, help="folder for crops of full-resolution results; not to be committed")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality.md")
