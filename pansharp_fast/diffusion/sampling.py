@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..models.condition import Condition
 from ..models.fsa import Prediction, Prepared
 from ..nn.plain import hooked
-from ..ops._backends import requested, tf32_allowed
+from ..ops._backends import recording, requested, tf32_allowed
 from ..options import SAMPLERS, expect
 from .schedule import Schedule
 
@@ -75,13 +75,8 @@ class _Recorded:
         self.inputs = x.clone(), time.clone(), x.clone()
         self.prepared: Prepared = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, prepared)
         self.graph = torch.cuda.CUDAGraph()
-        cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # what autocast keeps of the weights is gone at its end
-        try:
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-                self.output = model(*self.inputs[:2], self.prepared, self.inputs[2])
-        finally:
-            torch.set_autocast_cache_enabled(cached)
+        with recording(self.graph, pool):
+            self.output = model(*self.inputs[:2], self.prepared, self.inputs[2])
 
     def load(self, prepared: Prepared) -> None:
         """Serve another sampling run."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.plain import hooked
-from ..ops._backends import requested, tf32_allowed
+from ..ops._backends import recording, requested, tf32_allowed
 
 #: Shapes whose graphs are held; a scene's tiles have up to four, borders included.
 _MOST = 4
@@ -74,13 +74,8 @@ class _Graph:
     def __init__(self, network: nn.Module, inputs: tuple[Tensor, ...], pool: Any) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # what autocast keeps of the weights is gone at its end
-        try:
-            with torch.no_grad(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-                self.output = network(*self.inputs)
-        finally:
-            torch.set_autocast_cache_enabled(cached)
+        with torch.no_grad(), recording(self.graph, pool):
+            self.output = network(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         for static, given in zip(self.inputs, inputs, strict=True):

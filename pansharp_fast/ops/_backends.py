@@ -203,6 +203,18 @@ def autocasting(tensor: torch.Tensor) -> bool:
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
+@contextlib.contextmanager
+def recording(graph: Any, pool: Any) -> Iterator[None]:
+    """Record the block into a CUDA graph of that pool, the casts that autocast makes of weights included."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # what autocast keeps of the weights is gone at its end
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
 def plainly(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Context of a reference: autocast would take its products apart from those of the kernels, which keep a dtype."""
     return torch.autocast(tensor.device.type, enabled=False) if autocasting(tensor) else contextlib.nullcontext()
